@@ -1,0 +1,71 @@
+"""What passes between stages: frozen, named by nouns, knowing nothing of how it was made."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from osbuild.tree import Tree
+
+_CHUNK: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """A finished file: where, how many bytes, and their sha256 in hex."""
+
+    path: Path
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> File:
+        """Measure a file that is already there."""
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+            return cls(path=path, size=file.tell(), sha256=digest.hexdigest())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rootfs:
+    """The guest's tree, and what starts in it."""
+
+    tree: Tree
+    init: str  # absolute path in the guest of what the kernel starts
+    agent: str = ""  # name and version of the agent in it; empty before one is installed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskImage:
+    """A disk or NVDIMM image that holds a root filesystem."""
+
+    file: File
+    filesystem: str
+    dax: bool  # carries the header that makes it a DAX-capable NVDIMM
+    words: tuple[str, ...]  # kernel arguments that find and mount the root on it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Initrd:
+    """An initramfs."""
+
+    file: File
+    compression: str
+    unpacked: int  # bytes of the archive before compression
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """A guest kernel: the ELF (what microvm, Firecracker and Cloud Hypervisor boot) and the compressed image."""
+
+    vmlinux: File
+    vmlinuz: File
+    config: File
+    release: str  # uname -r
+    arch: str  # a name of arch.ARCHES
+    key: str  # sha256 over everything that went in
+    cached: bool  # nothing was compiled this time
