@@ -35,6 +35,7 @@ class Rootfs:
 
     tree: Tree
     init: str  # absolute path in the guest of what the kernel starts
+    epoch: int  # seconds since 1970: the time of everything that we add
     agent: str = ""  # name and version of the agent in it; empty before one is installed
 
 

@@ -1,0 +1,235 @@
+"""The OCI image specification's words, parsed and checked: references, digests, manifests, configs. No I/O.
+
+Sources: OCI image-spec v1.1 (descriptor.md, manifest.md, image-index.md, config.md), Docker image manifest v2
+schema 2, and skopeo's transport words (containers-transports(5)).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from osbuild.errors import InputError, SpecError
+from osbuild.tree import quote
+
+JSON_MAX: Final = 4 << 20  # bytes of a manifest, index or config
+_JSON_DEPTH: Final = 100
+
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}\Z")
+_REPOSITORY: Final = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*\Z")
+_TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")
+
+INDEX_TYPES: Final = frozenset(
+    ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
+)
+MANIFEST_TYPES: Final = frozenset(
+    ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
+)
+CONFIG_TYPES: Final = frozenset(
+    ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
+)
+LAYER_TYPES: Final[Mapping[str, str]] = {  # media type -> how it is compressed
+    "application/vnd.oci.image.layer.v1.tar": "none",
+    "application/vnd.oci.image.layer.v1.tar+gzip": "gzip",
+    "application/vnd.oci.image.layer.v1.tar+zstd": "zstd",
+    "application/vnd.docker.image.rootfs.diff.tar": "none",
+    "application/vnd.docker.image.rootfs.diff.tar.gzip": "gzip",
+    "application/vnd.docker.image.rootfs.diff.tar.zstd": "zstd",
+}
+
+# A JSON document; Any because it comes from outside and every use checks what it finds.
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """Where an image is: skopeo's transport word, and what that transport calls the image."""
+
+    transport: str  # a row of sources.SOURCES
+    name: str  # a repository, or a path
+    tag: str = ""
+    digest: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.transport}:{self.name}"
+        text += f":{self.tag}" if self.tag else ""
+        return text + (f"@{self.digest}" if self.digest else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descriptor:
+    """A blob by type, digest and size."""
+
+    media_type: str
+    digest: str
+    size: int
+    annotations: Mapping[str, str]
+    platform: tuple[str, str] | None = None  # os, architecture
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """One image: its config, and its layers from the lowest up."""
+
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageConfig:
+    """The parts of an image's config that we use; `document` is all of it."""
+
+    os: str
+    architecture: str
+    diff_ids: tuple[str, ...]
+    document: Json
+
+
+def parse_reference(text: str, transports: frozenset[str]) -> Reference:
+    """`docker-daemon:debian:12`, `oci:DIR[:TAG]`, `docker-archive:FILE`, `dir:PATH`; a bare name is the daemon's."""
+    head, colon, rest = text.partition(":")
+    if not text or text != text.strip() or "\0" in text:
+        raise SpecError(f"no image is named {quote(text)}")
+    if colon and head in transports:
+        if not rest:
+            raise SpecError(f"{head}: names no image", hint=f"write {head}:NAME")
+        if head == "docker-daemon":
+            return _repository(head, rest)
+        if head == "oci":
+            path, _, tag = rest.rpartition(":")
+            if path and "/" not in tag:
+                return Reference(transport=head, name=path, tag=tag)
+        return Reference(transport=head, name=rest)
+    if text.startswith(("/", "./", "../")):
+        raise SpecError(f"{quote(text)} is a path", hint=f"say what it is: oci:{text} or docker-archive:{text}")
+    if "://" in text or re.match(r"[a-z-]+:[./]", text):
+        raise SpecError(f"no transport {quote(head)}", hint=f"one of {', '.join(sorted(transports))}")
+    return _repository("docker-daemon", text)
+
+
+def _repository(transport: str, text: str) -> Reference:
+    name, _, digest = text.partition("@")
+    if digest:
+        check_digest(digest, "the reference")
+    tag = ""
+    if ":" in name.rpartition("/")[2]:
+        name, _, tag = name.rpartition(":")
+    host, slash, path = name.partition("/")
+    plain = (
+        path
+        if slash and re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]+)?", host) and re.search(r"[.:]|^localhost$", host)
+        else name
+    )
+    # An image ID is a name of its own kind to the daemon.
+    if not _REPOSITORY.match(plain) or (tag and not _TAG.match(tag)):
+        raise SpecError(f"{quote(text)} is no image name", hint="NAME[:TAG] or NAME@sha256:…")
+    return Reference(transport=transport, name=name, tag=tag or ("" if digest else "latest"), digest=digest)
+
+
+def check_digest(text: object, where: str) -> str:
+    """A digest that is exactly `sha256:` and 64 lower-case hex digits; it becomes part of paths, so nothing else."""
+    if not isinstance(text, str) or not _DIGEST.match(text):
+        raise InputError(f"{where}: {quote(str(text)[:100])} is not a sha256 digest")
+    return text
+
+
+def parse_json(data: bytes, where: str) -> Json:
+    """A JSON object of bounded size and depth."""
+    if len(data) > JSON_MAX:
+        raise InputError(f"{where}: {len(data)} bytes of JSON are more than {JSON_MAX}")
+    # The parser recurses: count brackets first, which errs on the safe side only.
+    depth = most = 0
+    for byte in data:
+        if byte in b"[{":
+            depth += 1
+            most = max(most, depth)
+        elif byte in b"]}":
+            depth -= 1
+    if most > _JSON_DEPTH:
+        raise InputError(f"{where}: JSON nested more than {_JSON_DEPTH} deep")
+    try:
+        value = json.loads(data)
+    except ValueError as problem:
+        raise InputError(f"{where}: not JSON: {problem}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: not a JSON object")
+    return value
+
+
+def parse_descriptor(value: object, where: str) -> Descriptor:
+    """A descriptor with a digest we know, a size that is one, and a media type."""
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a descriptor is missing")
+    size = value.get("size")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise InputError(f"{where}: size {quote(str(size)[:40])} in a descriptor")
+    media_type = value.get("mediaType")
+    if not isinstance(media_type, str):
+        raise InputError(f"{where}: a descriptor without a media type")
+    annotations = value.get("annotations") or {}
+    if not isinstance(annotations, dict):
+        raise InputError(f"{where}: annotations that are no object")
+    platform = value.get("platform")
+    pair = None
+    if isinstance(platform, dict):
+        pair = (str(platform.get("os", "")), str(platform.get("architecture", "")))
+    return Descriptor(
+        media_type=media_type,
+        digest=check_digest(value.get("digest"), where),
+        size=size,
+        annotations={str(key): str(text) for key, text in annotations.items()},
+        platform=pair,
+    )
+
+
+def parse_index(data: bytes, where: str) -> tuple[Descriptor, ...]:
+    """The descriptors of an image index."""
+    document = parse_json(data, where)
+    if document.get("schemaVersion") != 2:
+        raise InputError(f"{where}: schemaVersion is not 2")
+    if "layers" in document or "config" in document:
+        raise InputError(f"{where}: both an index and a manifest")
+    manifests = document.get("manifests")
+    if not isinstance(manifests, list):
+        raise InputError(f"{where}: an index without manifests")
+    return tuple(parse_descriptor(item, where) for item in manifests)
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """An image manifest whose config and layers are of types we know."""
+    document = parse_json(data, where)
+    if document.get("schemaVersion") != 2:
+        raise InputError(f"{where}: schemaVersion is not 2")
+    if "manifests" in document:
+        raise InputError(f"{where}: both an index and a manifest")
+    config = parse_descriptor(document.get("config"), where)
+    if config.media_type not in CONFIG_TYPES:
+        raise InputError(f"{where}: {quote(config.media_type)} is not an image's config")
+    layers = document.get("layers")
+    if not isinstance(layers, list) or not layers:
+        raise InputError(f"{where}: an image without layers")
+    parsed = tuple(parse_descriptor(item, where) for item in layers)
+    for layer in parsed:
+        if layer.media_type not in LAYER_TYPES:
+            raise InputError(f"{where}: unknown layer type {quote(layer.media_type)}")
+    return Manifest(config=config, layers=parsed)
+
+
+def parse_config(data: bytes, where: str) -> ImageConfig:
+    """An image's config: platform, and the digests of its layers when uncompressed."""
+    document = parse_json(data, where)
+    rootfs = document.get("rootfs")
+    if not isinstance(rootfs, dict) or rootfs.get("type") != "layers":
+        raise InputError(f"{where}: a config without rootfs layers")
+    diff_ids = rootfs.get("diff_ids")
+    if not isinstance(diff_ids, list) or not diff_ids:
+        raise InputError(f"{where}: an image without layers")
+    return ImageConfig(
+        os=str(document.get("os", "")),
+        architecture=str(document.get("architecture", "")),
+        diff_ids=tuple(check_digest(item, where) for item in diff_ids),
+        document=document,
+    )

@@ -1,0 +1,114 @@
+"""`docker-archive:FILE`: what `docker save` writes, in both of its shapes: layer.tar files, or an OCI layout in a tar.
+
+Source: Docker image specification v1.2 ("Combined Image JSON + Filesystem Changeset Format"): manifest.json names the
+config and the layers, by path inside the archive; a path may be a symbolic link to another layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+import stat
+from pathlib import Path
+
+from osbuild import oci, tar
+from osbuild.arch import Arch
+from osbuild.errors import InputError
+from osbuild.layers import Layer
+from osbuild.sources.image import CHUNK, SourceImage, add_layer, checked_layer, match_layers, sniff, uncompressed
+from osbuild.tree import Slice, Spool, quote
+
+
+def open_image(reference: oci.Reference, arch: Arch) -> SourceImage:
+    """The only image of an archive file, which may itself be compressed."""
+    del arch  # an archive holds one image; its config says for what
+    path = Path(reference.name)
+    spool = Spool()
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+            file.seek(0)
+            for data in uncompressed(iter(lambda: file.read(CHUNK), b""), sniff(head), quote(str(path))):
+                spool.append(data)
+    except OSError as problem:
+        raise InputError(f"cannot read {quote(str(path))}: {problem.strerror}") from None
+    return read_archive(spool, str(reference))
+
+
+def read_archive(spool: Spool, where: str) -> SourceImage:
+    """The only image of an archive that lies in a spool; its layers stay where they are unless compressed."""
+    archive = _Archive(spool, where)
+    document = _image_record(archive.document("manifest.json"), where)
+    config_bytes = archive.document(_name(document.get("Config"), where))
+    config = oci.parse_config(config_bytes, where)
+    names = document.get("Layers")
+    if not isinstance(names, list) or not names:
+        raise InputError(f"{where}: an image without layers")
+    match_layers(names, config, where)
+    return SourceImage(
+        reference=where,
+        digest=f"sha256:{hashlib.sha256(config_bytes).hexdigest()}",
+        config=config,
+        layers=tuple(
+            _layer(archive.content(_name(name, where)), diff_id, where)
+            for name, diff_id in zip(names, config.diff_ids, strict=True)
+        ),
+    )
+
+
+class _Archive:
+    """The files of an archive, by name."""
+
+    def __init__(self, spool: Spool, where: str) -> None:
+        self._spool = spool
+        self._where = where
+        self._members: dict[str, tar.Member] = {}
+        for member in tar.read(spool, 0, spool.size):
+            if member.name in self._members and not stat.S_ISDIR(member.kind):
+                raise InputError(f"{where}: {quote(member.name)} stands twice in the archive")
+            self._members[member.name] = member
+
+    def content(self, name: str) -> Slice:
+        path = posixpath.normpath("/" + name)
+        for _ in range(2):  # one link is what docker writes for a layer that stands twice
+            member = self._members.get(path)
+            if member is None:
+                raise InputError(f"{self._where}: {quote(name)} is not in the archive")
+            if stat.S_ISREG(member.kind):
+                return Slice(self._spool, member.offset, member.size)
+            if stat.S_ISLNK(member.kind):
+                path = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.link))
+        raise InputError(f"{self._where}: {quote(name)} is not a regular file in the archive")
+
+    def document(self, name: str) -> bytes:
+        content = self.content(name)
+        if content.size > oci.JSON_MAX:
+            raise InputError(f"{self._where}: {quote(name)} has {content.size} bytes, more than {oci.JSON_MAX}")
+        return b"".join(content.chunks())
+
+
+def _layer(content: Slice, diff_id: str, where: str) -> Layer:
+    compression = sniff(content.spool.read(content.offset, min(4, content.size)))
+    if compression != "none":
+        return add_layer(content.spool, content.chunks(), compression, diff_id, where)
+    digest = hashlib.sha256()
+    for data in content.chunks():
+        digest.update(data)
+    return checked_layer(content.spool, content.offset, content.size, digest.hexdigest(), diff_id, where)
+
+
+def _image_record(data: bytes, where: str) -> oci.Json:
+    # manifest.json is a list; as an object's member it gets the same size and depth checks as all other JSON.
+    images = oci.parse_json(b'{"images":' + data + b"}", where).get("images")
+    if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
+        raise InputError(f"{where}: manifest.json is no list of images")
+    if len(images) != 1:
+        raise InputError(f"{where}: {len(images)} images in one archive", hint="save one image at a time")
+    record: oci.Json = images[0]
+    return record
+
+
+def _name(value: object, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{where}: manifest.json names a file with {quote(str(value)[:60])}")
+    return value

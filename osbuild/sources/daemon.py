@@ -1,0 +1,58 @@
+"""`docker-daemon:NAME`: an image of the local Docker daemon, as `docker save` streams it, through Docker's own SDK."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from osbuild import oci
+from osbuild.arch import Arch
+from osbuild.errors import HostError, InputError
+from osbuild.sources.archive import read_archive
+from osbuild.sources.image import SourceImage
+from osbuild.tree import Spool, quote
+
+if TYPE_CHECKING:
+    import docker
+
+CHUNK: Final = 2 << 20
+SECONDS: Final = 600  # the SDK's own 60 s is too short for a daemon that packs a large image before its first byte
+
+
+def open_image(reference: oci.Reference, arch: Arch) -> SourceImage:
+    """Ask the daemon for the image; HostError when there is no daemon, InputError when it has no such image."""
+    del arch  # a daemon holds one platform under a name; the config says which
+    import docker.errors
+    import requests.exceptions
+
+    name = reference.name + (f"@{reference.digest}" if reference.digest else f":{reference.tag}")
+    client = connect(SECONDS)
+    try:
+        spool = Spool()
+        for chunk in client.api.get_image(name, chunk_size=CHUNK):
+            spool.append(chunk)
+    except docker.errors.ImageNotFound:
+        raise InputError(f"the Docker daemon has no image {quote(name)}", hint=f"docker pull {name}") from None
+    except (docker.errors.APIError, requests.exceptions.RequestException) as problem:
+        raise HostError(f"the Docker daemon could not give {quote(name)}: {_first_line(problem)}") from None
+    finally:
+        client.close()
+    return read_archive(spool, str(reference))
+
+
+def connect(seconds: int = 10) -> docker.DockerClient:
+    """A client of the daemon that DOCKER_HOST names, or the local one; HostError when none answers."""
+    import docker
+    import docker.errors
+    import requests.exceptions
+
+    try:
+        return docker.from_env(timeout=seconds)
+    except (docker.errors.DockerException, requests.exceptions.RequestException) as problem:
+        raise HostError(
+            f"no Docker daemon answers: {_first_line(problem)}",
+            hint="start it, join the group docker, or give the image as oci:DIR or docker-archive:FILE",
+        ) from None
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).splitlines() or [type(problem).__name__])[0]
