@@ -60,6 +60,7 @@ class Cache:
             try:
                 make(staging)
                 _seal(staging)
+                staging.chmod(0o755)  # another user may read the cache, though only its owner adds to it
                 staging.rename(home)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)

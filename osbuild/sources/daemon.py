@@ -13,6 +13,7 @@ from osbuild.tree import Spool, quote
 
 if TYPE_CHECKING:
     import docker
+    import requests
 
 CHUNK: Final = 2 << 20
 SECONDS: Final = 600  # the SDK's own 60 s is too short for a daemon that packs a large image before its first byte
@@ -30,9 +31,11 @@ def open_image(reference: oci.Reference, arch: Arch) -> SourceImage:
         spool = Spool()
         for chunk in client.api.get_image(name, chunk_size=CHUNK):
             spool.append(chunk)
-    except docker.errors.ImageNotFound:
+    except docker.errors.ImageNotFound as problem:
+        _close(problem)
         raise InputError(f"the Docker daemon has no image {quote(name)}", hint=f"docker pull {name}") from None
     except (docker.errors.APIError, requests.exceptions.RequestException) as problem:
+        _close(problem)
         raise HostError(f"the Docker daemon could not give {quote(name)}: {_first_line(problem)}") from None
     finally:
         client.close()
@@ -52,6 +55,12 @@ def connect(seconds: int = 10) -> docker.DockerClient:
             f"no Docker daemon answers: {_first_line(problem)}",
             hint="start it, join the group docker, or give the image as oci:DIR or docker-archive:FILE",
         ) from None
+
+
+def _close(problem: requests.exceptions.RequestException) -> None:
+    # The SDK asked for a stream and leaves its connection open when the answer is an error.
+    if problem.response is not None:
+        problem.response.close()
 
 
 def _first_line(problem: BaseException) -> str:

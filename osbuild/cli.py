@@ -1,0 +1,340 @@
+"""Words in, one call, an exit code out."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import osbuild
+from osbuild import console
+from osbuild.arch import Arch, find_arch, host_arch
+from osbuild.cache import default_cache
+from osbuild.errors import CommandError, Interrupted, OsbuilderError
+from osbuild.spec import KINDS, BuildSpec, GuestSpec
+
+if TYPE_CHECKING:  # what is slow to import is imported by the command that needs it
+    from osbuild.artifacts import File, Rootfs
+    from osbuild.pipeline import Build
+    from osbuild.report import Report
+
+app = typer.Typer(
+    name="osbuilder",
+    help="An ordinary Docker image in; a DAX image or an initramfs, a guest kernel, and the proof that they boot out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+kernel_app = typer.Typer(help="The guest kernel.", no_args_is_help=True)
+agent_app = typer.Typer(help="The guest agent.", no_args_is_help=True)
+app.add_typer(kernel_app, name="kernel")
+app.add_typer(agent_app, name="agent")
+
+Image = Annotated[
+    str, typer.Argument(help="docker-daemon:NAME, docker-archive:FILE, oci:DIR[:TAG], or a daemon's NAME")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="the directory for all that is made")]
+OutFile = Annotated[Path, typer.Option("--out", "-o", help="the file to write")]
+ArchName = Annotated[str, typer.Option("--arch", help="x86_64; this machine's when not given")]
+Json = Annotated[bool, typer.Option("--json", help="the result as JSON on standard output")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on standard error")]
+Filesystem = Annotated[str, typer.Option("--fs", help="ext4")]
+Compress = Annotated[str, typer.Option("--compress", help="zstd, gzip or none")]
+Accelerator = Annotated[str, typer.Option("--accel", help="auto, kvm or tcg")]
+Timeout = Annotated[float, typer.Option("--timeout", help="seconds that a guest has to answer")]
+Memory = Annotated[int, typer.Option("--memory", help="MiB for each guest; 0: as much as it needs")]
+Cpus = Annotated[int, typer.Option("--cpus", min=1, help="processors for each guest")]
+Features = Annotated[list[str] | None, typer.Option("--with", help="a kernel feature to add; may be given again")]
+Source = Annotated[Path | None, typer.Option("--source", help="a kernel tarball; Debian's linux-source when not given")]
+
+
+@app.callback(invoke_without_command=True)
+def start(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        sys.stdout.write(f"osbuilder {osbuild.__version__}\n")
+        raise typer.Exit
+
+
+@app.command()
+def build(
+    image: Image,
+    out: Out = Path("out"),
+    kinds: Annotated[str, typer.Option("--make", help="what to make and boot, by commas")] = ",".join(KINDS),
+    filesystem: Filesystem = "ext4",
+    compress: Compress = "zstd",
+    arch: ArchName = "",
+    features: Features = None,
+    source: Source = None,
+    accel: Accelerator = "auto",
+    memory: Memory = 0,
+    cpus: Cpus = 1,
+    timeout: Timeout = 60.0,
+    no_smoke: Annotated[bool, typer.Option("--no-smoke", help="do not boot what was made")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make everything, and boot it: the main command.
+
+    A root filesystem with the agent in it, as a DAX image and as an initramfs; a kernel; and a boot of each.
+
+    Exit code: 0 every guest passed (or none was booted); 6 a guest was wrong; 7 a guest was silent; 2 usage; 3 the
+    image was refused; 4 this machine lacks something; 5 a build step failed.
+    """
+    from osbuild import pipeline
+
+    spec = BuildSpec(
+        image=image, out=out, arch=_arch(arch), kinds=tuple(word for word in kinds.split(",") if word),
+        filesystem=filesystem, compress=compress, features=tuple(features or ()), kernel_source=source,
+        smoke=not no_smoke, guest=GuestSpec(accel=accel, memory_mib=memory, cpus=cpus, seconds=timeout),
+    )  # fmt: skip
+    show = console.Show(quiet=quiet)
+    result = pipeline.build(spec, default_cache(), show)
+    if as_json:
+        console.print_json(_build_json(result, show))
+    else:
+        _print_build(result, show)
+    raise typer.Exit(result.report.code if result.report else 0)
+
+
+@app.command()
+def image(
+    image: Image,
+    out: OutFile = Path("guest.img"),
+    filesystem: Filesystem = "ext4",
+    arch: ArchName = "",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Only the DAX image, with the agent in it."""
+    from osbuild import pipeline
+
+    spec = BuildSpec(
+        image=image, out=out.parent, arch=_arch(arch), kinds=("image",), filesystem=filesystem, smoke=False
+    )
+    show = console.Show(quiet=quiet)
+    disk = pipeline.make_image(spec, _rootfs(spec, show), out, show)
+    _print_file(disk.file, {"filesystem": disk.filesystem, "dax": disk.dax, "words": list(disk.words)}, as_json=as_json)
+
+
+@app.command()
+def initrd(
+    image: Image,
+    out: OutFile = Path("guest.initrd"),
+    compress: Compress = "zstd",
+    arch: ArchName = "",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Only the initramfs, with the agent in it."""
+    from osbuild import pipeline
+
+    spec = BuildSpec(image=image, out=out.parent, arch=_arch(arch), kinds=("initrd",), compress=compress, smoke=False)
+    show = console.Show(quiet=quiet)
+    made = pipeline.make_initrd(spec, _rootfs(spec, show), out, show)
+    _print_file(made.file, {"compression": made.compression, "unpacked": made.unpacked}, as_json=as_json)
+
+
+@app.command()
+def smoke(
+    out: Annotated[Path, typer.Argument(help="the directory of a build")],
+    accel: Accelerator = "auto",
+    memory: Memory = 0,
+    cpus: Cpus = 1,
+    timeout: Timeout = 60.0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Boot what a build made once more.
+
+    Exit code: 0 every agent answered and every check passed; 6 a guest was wrong; 7 a guest was silent.
+    """
+    from osbuild import pipeline
+
+    wishes = GuestSpec(accel=accel, memory_mib=memory, cpus=cpus, seconds=timeout)
+    report = pipeline.boot_again(out, wishes, console.Show(quiet=quiet))
+    if as_json:
+        console.print_json(_report_json(report))
+    else:
+        _print_boots(report)
+    raise typer.Exit(report.code)
+
+
+@kernel_app.command("build")
+def kernel_build(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="a directory to copy the kernel to")] = None,
+    arch: ArchName = "",
+    features: Features = None,
+    source: Source = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build the guest kernel, or find it built."""
+    from osbuild import pipeline
+
+    spec = BuildSpec(
+        image="", out=out or Path(), arch=_arch(arch), features=tuple(features or ()), kernel_source=source, smoke=False
+    )
+    show = console.Show(quiet=quiet)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    made = pipeline.make_kernel(spec, default_cache(), show, out.absolute() if out else None)
+    about = {"release": made.release, "arch": made.arch, "key": made.key, "cached": made.cached}
+    files = {name: getattr(made, name) for name in ("vmlinux", "vmlinuz", "config")}
+    if as_json:
+        console.print_json(about | {name: _file_json(file) for name, file in files.items()})
+        return
+    rows = [(name, console.size_text(file.size), file.sha256[:12], str(file.path)) for name, file in files.items()]
+    console.print_table(f"Linux {made.release}", ("file", "size", "sha256", "where"), rows)
+
+
+@kernel_app.command("config")
+def kernel_config(arch: ArchName = "", features: Features = None, source: Source = None) -> None:
+    """Print the .config that the fragments come to; fails when an option asked for is not in it."""
+    from osbuild.kernel import configure, default_spec
+
+    sys.stdout.write(configure(default_spec(_arch(arch), features=features or (), source=source), default_cache()))
+
+
+@agent_app.command("build")
+def agent_build(out: OutFile = Path("osbuilder-agent"), arch: ArchName = "", as_json: Json = False) -> None:
+    """Compile the built-in agent: static, the same bytes from the same source."""
+    from osbuild.agent import agent_version, build_agent
+    from osbuild.artifacts import File
+    from osbuild.output import write_whole
+
+    data = build_agent(_arch(arch), default_cache()).path.read_bytes()
+    write_whole(out, data)
+    out.chmod(0o755)
+    _print_file(File.of(out), {"version": agent_version(data)}, as_json=as_json)
+
+
+@agent_app.command("version")
+def agent_version_of(
+    file: Annotated[Path, typer.Argument(help="an agent's binary", exists=True, dir_okay=False)], as_json: Json = False
+) -> None:
+    """Say which agent a binary is, from its bytes; nothing is run."""
+    from osbuild.agent import NAME, agent_version
+
+    version = agent_version(file.read_bytes())
+    if as_json:
+        console.print_json({"name": NAME, "version": version})
+    else:
+        sys.stdout.write(f"{NAME} {version}\n")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say which tools are here and which are missing.
+
+    With what each is for and how to get it. Exit code 4 when one is missing that everything needs.
+    """
+    from osbuild.doctor import examine
+
+    findings = examine()
+    if as_json:
+        console.print_json([finding.to_dict() for finding in findings])
+    else:
+        rows = [(f.name, f.state, f.purpose, f.detail) for f in findings]
+        console.print_table("osbuilder doctor", ("tool", "state", "for", "where, or how to get it"), rows)
+    raise typer.Exit(4 if any(finding.state == "missing" for finding in findings) else 0)
+
+
+def main() -> NoReturn:
+    """The program: every error raised on purpose becomes one line and its exit code; everything started is ended."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        app(standalone_mode=True)
+    except OsbuilderError as error:
+        console.print_error(error, error.tail if isinstance(error, CommandError) else "")
+        code = error.code
+    except Interrupted as interruption:
+        sys.stderr.write(f"{interruption}\n")
+        code = interruption.code
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+    except MemoryError:
+        sys.stderr.write("error: out of memory\n")
+        code = 4
+    sys.exit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    del frame
+    signal.signal(number, signal.SIG_DFL)  # a second time: at once
+    raise Interrupted(number)
+
+
+def _arch(name: str) -> Arch:
+    return find_arch(name) if name else host_arch()
+
+
+def _rootfs(spec: BuildSpec, show: console.Show) -> Rootfs:
+    from osbuild import pipeline
+    from osbuild.sources import open_image
+
+    with show.step(f"opening {spec.image}", name="open"):
+        image = open_image(spec.image, spec.arch)
+    return pipeline.make_rootfs(spec, image, default_cache(), show)
+
+
+def _file_json(file: File) -> dict[str, Any]:
+    return {"path": str(file.path), "size": file.size, "sha256": file.sha256}
+
+
+def _print_file(file: File, about: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        console.print_json(_file_json(file) | about)
+    else:
+        sys.stdout.write(f"{file.path}  {console.size_text(file.size)}  sha256:{file.sha256}\n")
+
+
+def _build_json(result: Build, show: console.Show) -> dict[str, Any]:
+    return {
+        "out": str(result.out),
+        "manifest": result.manifest,
+        "seconds": {name: round(seconds, 3) for name, seconds in show.seconds.items()},
+        "smoke": _report_json(result.report) if result.report else None,
+    }
+
+
+def _report_json(report: Report) -> dict[str, Any]:
+    return {
+        "verdict": report.verdict,
+        "boots": [
+            {"name": boot.name, "verdict": boot.verdict, "reason": boot.reason, "accel": boot.accel.name,
+             "seconds": round(boot.seconds, 3)}
+            for boot in report.boots
+        ],
+    }  # fmt: skip
+
+
+def _print_build(result: Build, show: console.Show) -> None:
+    verdicts = {boot.name: str(boot.verdict) for boot in result.report.boots} if result.report else {}
+    steps = {"rootfs.img": "image", "initrd.img": "initrd", "vmlinux": "kernel"}
+    rows = []
+    for name, output in result.manifest["outputs"].items():
+        step = steps.get(name, "")
+        seconds = f"{show.seconds[step]:.2f}" if step in show.seconds else ""
+        rows.append((name, console.size_text(output["size"]), output["sha256"][:12], seconds, verdicts.get(step, "")))
+    console.print_table(f"built in {result.out}", ("output", "size", "sha256", "seconds", "verdict"), rows)
+    if result.report:
+        _print_boots(result.report)
+
+
+def _print_boots(report: Report) -> None:
+    rows = []
+    for boot in report.boots:
+        passed = sum(check.verdict == "passed" for check in boot.checks)
+        answered = next((f"{event.seconds:.2f}" for event in boot.timeline if event.name == "agent answered"), "")
+        checks = f"{passed} of {len(boot.checks)}"
+        rows.append(
+            (boot.name, boot.accel.name, answered, f"{boot.seconds:.2f}", checks, str(boot.verdict), boot.reason)
+        )
+    columns = ("boot", "accel", "answered", "seconds", "checks", "verdict", "reason")
+    console.print_table("smoke test", columns, rows)

@@ -1,0 +1,129 @@
+"""What a person sees: steps and their progress on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from osbuild.errors import OsbuilderError
+
+_WIDTH_OF_PIPES: Final = 160  # columns, where no terminal says how many it has
+_VERDICT_STYLES: Final = {"passed": "bold green", "failed": "bold red", "unknown": "bold yellow"}
+
+
+class Show:
+    """Says what is being done, and remembers how long each step took."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.seconds: dict[str, float] = {}
+        self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._quiet = quiet
+        self._live: Progress | None = None
+
+    @contextlib.contextmanager
+    def step(self, title: str, *, name: str = "") -> Iterator[Step]:
+        """One step of a build; its time is kept under `name`."""
+        began = time.monotonic()
+        step = Step(self, title)
+        with self._progress() as progress:
+            if progress is not None:
+                step.task = progress.add_task(title, total=None)
+                step.progress = progress
+            try:
+                yield step
+            except BaseException:
+                self._line("✗", "red", title, step.note, time.monotonic() - began)
+                raise
+        taken = time.monotonic() - began
+        if name:
+            self.seconds[name] = taken
+        self._line("✓", "green", title, step.note, taken)
+
+    def say(self, text: str) -> None:
+        """One line that is no step."""
+        if not self._quiet:
+            self._console.print(Text(text))
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Progress | None]:
+        if self._quiet or not self._console.is_terminal:
+            yield None
+            return
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            yield progress
+
+    def _line(self, mark: str, style: str, title: str, note: str, seconds: float) -> None:
+        if self._quiet:
+            return
+        text = Text.assemble(
+            (mark, style), f" {title}", (f" ({note})" if note else "", "dim"), (f"  {seconds:.2f} s", "dim")
+        )
+        self._console.print(text)
+
+
+class Step:
+    """A step that is going on."""
+
+    def __init__(self, show: Show, title: str) -> None:
+        self.note = ""  # what came of it, in a word or two
+        self.title = title
+        self.progress: Progress | None = None
+        self.task: Any = None  # rich's own kind of number
+        self._show = show
+
+    def advance(self, done: int, total: int) -> None:
+        """How far it is; shown as a bar on a terminal, nowhere else."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=done, total=max(done, total))
+
+
+def print_json(value: object) -> None:
+    """A result for machines, on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, verdicts: str = "verdict"
+) -> None:
+    """A result for people, on standard output; the column called `verdicts` is coloured."""
+    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(Text(column), justify="right" if column in ("size", "seconds") else "left", overflow="fold")
+    for row in rows:
+        cells = [
+            Text(cell, style=_VERDICT_STYLES.get(cell, "") if column == verdicts else "")
+            for column, cell in zip(columns, row, strict=True)
+        ]
+        table.add_row(*cells)
+    console = Console(highlight=False, markup=False)
+    console.print(table, width=None if console.is_terminal else _WIDTH_OF_PIPES, crop=False)
+
+
+def print_error(error: OsbuilderError, tail: str = "") -> None:
+    """What went wrong, and what to do; the last lines of a program's output when that is what failed."""
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    if tail.strip():
+        console.print(Text(tail.rstrip(), style="dim"))
+    console.print(Text.assemble(("error: ", "bold red"), str(error)))
+    if error.hint:
+        console.print(Text.assemble(("hint:  ", "bold"), error.hint))
+
+
+def size_text(size: int) -> str:
+    """A number of bytes as people write it."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"

@@ -1,0 +1,80 @@
+"""What osbuilder uses of this machine: here, missing, or not needed for the rest to work."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from osbuild import command
+from osbuild.errors import HostError
+from osbuild.kernel_source import DEFAULT as DEBIAN_TARBALL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One tool: `state` is here, missing, or optional (not here, and only some things need it)."""
+
+    name: str
+    state: str
+    purpose: str
+    detail: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Want:
+    name: str
+    package: str  # Debian's
+    purpose: str
+    needed: bool = True
+
+
+_WANTS: Final = (
+    _Want("qemu-system-x86_64", "qemu-system-x86", "booting guests"),
+    _Want("gcc", "gcc", "the kernel"),
+    _Want("make", "make", "the kernel"),
+    _Want("flex", "flex", "the kernel"),
+    _Want("bison", "bison", "the kernel"),
+    _Want("bc", "bc", "the kernel"),
+    _Want("perl", "perl", "the kernel"),
+    _Want("xz", "xz-utils", "the kernel"),
+    _Want("tar", "tar", "the kernel"),
+    _Want(str(DEBIAN_TARBALL), "linux-source-6.12", "the kernel"),
+    _Want("/usr/include/gelf.h", "libelf-dev", "the kernel"),
+    _Want("git", "git", "kernel patches", needed=False),
+    _Want("ccache", "ccache", "faster kernel builds", needed=False),
+    _Want("musl-gcc", "musl-tools", "a small agent; gcc alone gives a larger one", needed=False),
+    _Want("docker", "docker.io", "images of a Docker daemon", needed=False),
+    _Want("e2fsck", "e2fsprogs", "the tests", needed=False),
+)
+
+
+def examine() -> list[Finding]:
+    """Every tool in turn, then the things that are no tools."""
+    return [*(_look_for(want) for want in _WANTS), _kvm()]
+
+
+def _look_for(want: _Want) -> Finding:
+    where = want.name if want.name.startswith("/") and Path(want.name).exists() else _find(want.name, command.find)
+    state = "here" if where else "missing" if want.needed else "optional"
+    return Finding(name=want.name, state=state, purpose=want.purpose, detail=where or f"apt-get install {want.package}")
+
+
+def _find(name: str, find: Callable[[str], str]) -> str:
+    try:
+        return "" if name.startswith("/") else find(name)
+    except HostError:
+        return ""
+
+
+def _kvm() -> Finding:
+    device = Path("/dev/kvm")
+    usable = os.access(device, os.R_OK | os.W_OK)
+    detail = "opens; whether it is of use is probed before a boot" if usable else "software emulation works without it"
+    return Finding(name=str(device), state="here" if usable else "optional", purpose="faster guests", detail=detail)

@@ -1,0 +1,120 @@
+"""manifest.json, what came out, and lock.json, what went in: written last, and read back before anything is booted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import osbuild
+from osbuild.artifacts import DiskImage, File, Initrd, Kernel, Rootfs
+from osbuild.errors import InputError
+from osbuild.oci import Json, parse_json
+from osbuild.output import write_whole
+from osbuild.sources.image import SourceImage
+from osbuild.spec import BuildSpec
+from osbuild.tree import quote
+
+MANIFEST: Final = "manifest.json"  # without it a build counts as not done
+LOCK: Final = "lock.json"
+NAMES: Final[Mapping[str, str]] = {"image": "rootfs.img", "initrd": "initrd.img"}
+
+
+def write(
+    out: Path, rootfs: Rootfs, kernel: Kernel, roots: Mapping[str, DiskImage | Initrd], image: SourceImage
+) -> Json:
+    """Every output by size and digest, and the kernel words that boot it; nothing of this run or this machine."""
+    outputs: dict[str, Json] = {
+        "vmlinux": _measures(kernel.vmlinux),
+        "vmlinuz": _measures(kernel.vmlinuz),
+        "config": _measures(kernel.config),
+    }
+    for name, root in roots.items():
+        about: Json = {"compression": root.compression, "unpacked": root.unpacked} if isinstance(root, Initrd) else {
+            "filesystem": root.filesystem, "dax": root.dax,
+        }  # fmt: skip
+        outputs[NAMES[name]] = _measures(root.file) | about | {"words": list(root.words)}
+    document = {
+        "schema": "osbuilder.manifest", "version": 1, "osbuilder": osbuild.__version__,
+        "image": image.digest, "agent": rootfs.agent, "init": rootfs.init, "epoch": rootfs.epoch,
+        "kernel": {"release": kernel.release, "arch": kernel.arch, "key": kernel.key}, "outputs": outputs,
+    }  # fmt: skip
+    write_whole(out / MANIFEST, _encode(document))
+    return document
+
+
+def write_lock(out: Path, spec: BuildSpec, rootfs: Rootfs, kernel: Kernel, image: SourceImage) -> None:
+    """Every input, by digest where it has one."""
+    document = {
+        "schema": "osbuilder.lock", "version": 1, "osbuilder": osbuild.__version__,
+        "image": {
+            "reference": image.reference,
+            "digest": image.digest,
+            "layers": [layer.diff_id for layer in image.layers],
+        },
+        "agent": rootfs.agent,
+        "kernel": kernel.key,
+        "options": {
+            "arch": spec.arch.name, "kinds": list(spec.kinds), "filesystem": spec.filesystem,
+            "compress": spec.compress, "align": spec.align, "features": list(spec.features),
+            "epoch": rootfs.epoch, "clamp": spec.epoch is not None,
+        },
+    }  # fmt: skip
+    write_whole(out / LOCK, _encode(document))
+
+
+def read(out: Path) -> tuple[Kernel, dict[str, DiskImage | Initrd]]:
+    """A build as it lies in a directory. InputError when it is not finished, or a file is not what it was."""
+    where = quote(str(out))
+    try:
+        document = parse_json((out / MANIFEST).read_bytes(), f"{where}/{MANIFEST}")
+    except OSError as problem:
+        raise InputError(
+            f"{where} holds no finished build: {MANIFEST}: {problem.strerror}", hint="osbuilder build IMAGE -o DIR"
+        ) from None
+    try:
+        outputs = document["outputs"]
+        about = document["kernel"]
+        kernel = Kernel(
+            vmlinux=_checked(out, "vmlinux", outputs["vmlinux"]),
+            vmlinuz=_checked(out, "vmlinuz", outputs["vmlinuz"]),
+            config=_checked(out, "config", outputs["config"]),
+            release=str(about["release"]), arch=str(about["arch"]), key=str(about["key"]), cached=True,
+        )  # fmt: skip
+        roots = {
+            name: _root(_checked(out, file, outputs[file]), outputs[file])
+            for name, file in NAMES.items()
+            if file in outputs
+        }
+    except (KeyError, TypeError, ValueError) as problem:
+        raise InputError(f"{where}/{MANIFEST} is not one of ours: {quote(str(problem))}") from None
+    return kernel, roots
+
+
+def _root(file: File, about: Json) -> DiskImage | Initrd:
+    words = tuple(str(word) for word in about["words"])
+    if "compression" in about:
+        return Initrd(file=file, compression=str(about["compression"]), unpacked=int(about["unpacked"]), words=words)
+    return DiskImage(file=file, filesystem=str(about["filesystem"]), dax=bool(about["dax"]), words=words)
+
+
+def _checked(out: Path, name: str, said: Json) -> File:
+    path = out.absolute() / name
+    try:
+        found = File.of(path)
+    except OSError as problem:
+        raise InputError(f"cannot read {quote(str(out / name))}: {problem.strerror}") from None
+    if (found.size, found.sha256) != (said["size"], said["sha256"]):
+        raise InputError(
+            f"{quote(str(out / name))} is not what {MANIFEST} says: sha256 {found.sha256}", hint="build it again"
+        )
+    return found
+
+
+def _measures(file: File) -> Json:
+    return {"size": file.size, "sha256": file.sha256}
+
+
+def _encode(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2) + "\n").encode()

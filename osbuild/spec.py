@@ -1,0 +1,80 @@
+"""What a build is asked for, as a value: the words of the command line, checked before anything slow starts."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from osbuild.arch import Arch
+from osbuild.errors import SpecError
+from osbuild.filesystem import FILESYSTEMS
+from osbuild.initrd import COMPRESSIONS
+from osbuild.tree import quote
+
+KINDS: Final = ("image", "initrd")
+ACCELS: Final = ("auto", "kvm", "tcg")
+_SECONDS_MAX: Final = 86400
+_EPOCH_MAX: Final = (1 << 32) - 1  # what a cpio header can say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestSpec:
+    """How to boot what a build made: SpecError when it cannot be meant."""
+
+    memory_mib: int = 0  # 0: as much as each guest needs
+    cpus: int = 1
+    accel: str = "auto"
+    seconds: float = 60.0  # that a guest has to answer
+
+    def __post_init__(self) -> None:
+        _one_of("accelerator", self.accel, ACCELS)
+        if not 0 < self.seconds <= _SECONDS_MAX:
+            raise SpecError(f"a guest cannot have {self.seconds:g} s to answer", hint="more than 0, at most a day")
+        if self.memory_mib < 0 or self.cpus < 1:
+            raise SpecError(f"a guest cannot have {self.cpus} processors and {self.memory_mib} MiB")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildSpec:
+    """One build: SpecError when it cannot be meant."""
+
+    image: str
+    out: Path
+    arch: Arch
+    kinds: tuple[str, ...] = KINDS  # what to make and boot
+    filesystem: str = "ext4"
+    compress: str = "zstd"
+    align: int = 2 << 20  # bytes that the DAX image's size is a multiple of
+    kernel_source: Path | None = None
+    features: tuple[str, ...] = ()
+    smoke: bool = True
+    guest: GuestSpec = field(default_factory=GuestSpec)
+    epoch: int | None = field(default_factory=lambda: source_date_epoch())
+
+    def __post_init__(self) -> None:
+        _one_of("filesystem", self.filesystem, FILESYSTEMS)
+        _one_of("compression", self.compress, COMPRESSIONS)
+        if not self.kinds or set(self.kinds) - set(KINDS):
+            raise SpecError(f"nothing to make of {quote(', '.join(self.kinds))}", hint=f"some of {', '.join(KINDS)}")
+
+
+def source_date_epoch() -> int | None:
+    """$SOURCE_DATE_EPOCH, the convention of reproducible-builds.org; None when it is not set."""
+    text = os.environ.get("SOURCE_DATE_EPOCH")
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > _EPOCH_MAX:
+        raise SpecError(
+            f"SOURCE_DATE_EPOCH is {quote(text)}", hint=f"it must be whole seconds since 1970, at most {_EPOCH_MAX}"
+        )
+    return int(text)
+
+
+def _one_of(what: str, word: str, known: Iterable[str]) -> None:
+    names = tuple(known)
+    if word not in names:
+        raise SpecError(f"no {what} {quote(word)}", hint=f"one of {', '.join(names)}")

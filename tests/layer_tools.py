@@ -1,0 +1,113 @@
+"""Layers for tests: archives made by CPython's tarfile, which is somebody else's writer, or byte by byte."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from osbuild.layers import Layer
+from osbuild.tree import Spool
+
+
+def member(name: str, data: bytes = b"", **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
+    """A regular file, or whatever `type` says."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    info.mtime = 1_000_000_000
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info, data
+
+
+def folder(name: str, **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
+    return member(name, type=tarfile.DIRTYPE, mode=fields.pop("mode", 0o755), **fields)
+
+
+def link(name: str, target: str, **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
+    return member(name, type=tarfile.SYMTYPE, linkname=target, **fields)
+
+
+def hardlink(name: str, target: str, **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
+    return member(name, type=tarfile.LNKTYPE, linkname=target, **fields)
+
+
+def archive(*members: tuple[tarfile.TarInfo, bytes], form: int = tarfile.PAX_FORMAT) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as tar:
+        for info, data in members:
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def spooled(data: bytes) -> Spool:
+    spool = Spool()
+    spool.append(data)
+    return spool
+
+
+def layer(data: bytes) -> Layer:
+    digest = hashlib.sha256(data).hexdigest()
+    return Layer(spool=spooled(data), offset=0, size=len(data), diff_id=f"sha256:{digest}")
+
+
+def header(**fields: bytes) -> bytes:
+    """One ustar header, its checksum right unless given."""
+    values = {
+        "name": b"file", "mode": b"0000644\0", "uid": b"0000000\0", "gid": b"0000000\0", "size": b"00000000000\0",
+        "mtime": b"00000000000\0", "kind": b"0", "link": b"", "magic": b"ustar\0", "version": b"00", "uname": b"",
+        "gname": b"", "major": b"0000000\0", "minor": b"0000000\0", "prefix": b"",
+    } | fields  # fmt: skip
+    sizes = {
+        "name": 100, "mode": 8, "uid": 8, "gid": 8, "size": 12, "mtime": 12, "checksum": 8, "kind": 1, "link": 100,
+        "magic": 6, "version": 2, "uname": 32, "gname": 32, "major": 8, "minor": 8, "prefix": 155,
+    }  # fmt: skip
+    blank = values | {"checksum": b" " * 8}
+    block = b"".join(blank[name].ljust(size, b"\0") for name, size in sizes.items()).ljust(512, b"\0")
+    checksum = fields.get("checksum", b"%06o\0 " % sum(block))
+    return block[:148] + checksum + block[156:]
+
+
+def write_layout(
+    root: Path, layers: Iterable[bytes], *, tag: str = "latest", compress: bool = False, **config: Any
+) -> dict[str, Any]:
+    """An OCI image layout; returns its manifest."""
+    blobs = root / "blobs" / "sha256"
+    blobs.mkdir(parents=True, exist_ok=True)
+
+    def add(data: bytes, media_type: str) -> dict[str, Any]:
+        digest = hashlib.sha256(data).hexdigest()
+        (blobs / digest).write_bytes(data)
+        return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
+
+    stack = list(layers)
+    suffix = "+gzip" if compress else ""
+    described = [
+        add(gzip.compress(data, mtime=0) if compress else data, f"application/vnd.oci.image.layer.v1.tar{suffix}")
+        for data in stack
+    ]
+    document = {
+        "os": "linux", "architecture": "amd64",
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(data).hexdigest()}" for data in stack]},
+    } | config  # fmt: skip
+    kind = "application/vnd.oci.image.manifest.v1+json"
+    manifest = {
+        "schemaVersion": 2, "mediaType": kind, "layers": described,
+        "config": add(json.dumps(document).encode(), "application/vnd.oci.image.config.v1+json"),
+    }  # fmt: skip
+    top = add(json.dumps(manifest).encode(), kind)
+    top["annotations"] = {"org.opencontainers.image.ref.name": tag}
+    top["platform"] = {"os": "linux", "architecture": document["architecture"]}
+    index_path = root / "index.json"
+    index: dict[str, Any] = (
+        json.loads(index_path.read_text()) if index_path.exists() else {"schemaVersion": 2, "manifests": []}
+    )
+    index["manifests"].append(top)
+    index_path.write_text(json.dumps(index))
+    (root / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    return manifest

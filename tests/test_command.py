@@ -1,0 +1,111 @@
+"""Starting programs: output, errors, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from osbuild import command
+from osbuild.errors import CommandError, HostError
+
+
+def test_output_comes_back_with_standard_error_in_it() -> None:
+    assert command.run("sh", "-c", "echo out; echo err >&2").output == "out\nerr\n"
+
+
+def test_standard_error_can_be_kept_out() -> None:
+    assert command.run("sh", "-c", "echo out; echo err >&2", merge=False).output == "out\n"
+
+
+def test_a_failure_says_how_it_ended_and_shows_the_end_of_the_output() -> None:
+    with pytest.raises(CommandError, match="sh exited with 3") as caught:
+        command.run("sh", "-c", "echo because; exit 3")
+    assert caught.value.tail == "because\n"
+
+
+def test_a_signal_is_named() -> None:
+    with pytest.raises(CommandError, match="SIGSEGV"):
+        command.run("sh", "-c", "kill -SEGV $$")
+
+
+def test_a_log_takes_everything_and_is_named_in_the_hint(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with pytest.raises(CommandError) as caught:
+        command.run("sh", "-c", "echo one; echo two; exit 1", log=log)
+    assert log.read_text() == "one\ntwo\n"
+    assert str(log) in caught.value.hint
+    assert "two" in caught.value.tail
+
+
+def test_a_watcher_sees_every_line_and_the_log_has_them_too(tmp_path: Path) -> None:
+    lines: list[str] = []
+    command.run("printf", "a\\nb\\n", log=tmp_path / "log", watch=lines.append)
+    assert lines == ["a", "b"]
+    assert (tmp_path / "log").read_text() == "a\nb\n"
+
+
+def test_a_missing_program_names_its_package() -> None:
+    with pytest.raises(HostError, match="no-such-program is not installed") as caught:
+        command.find("no-such-program", package="thing")
+    assert caught.value.hint == "apt-get install thing"
+
+
+def test_a_deadline_ends_the_whole_group(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(CommandError, match="did not end within"):
+        command.run("sh", "-c", f"sleep 60 & echo $! > {tmp_path}/child; wait", seconds=0.3)
+    assert time.monotonic() - began < 30
+    child = int((tmp_path / "child").read_text())
+    assert not _alive(child)
+
+
+def test_the_environment_is_small_and_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANG", "tr_TR.UTF-8")
+    monkeypatch.setenv("SECRET", "x")
+    told = command.run("env").output
+    assert "SECRET" not in told
+    assert "LANG" not in told
+    assert "LC_ALL=C\n" in told
+    assert "TZ=UTC\n" in told
+
+
+def test_leaving_the_block_ends_a_program_that_ignores_polite_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "GRACE_SECONDS", 0.2)
+    with command.start("sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1; done", pipe=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        command.end(process, grace=0.2)
+    assert not _alive(process.pid)
+
+
+def test_a_killed_parent_takes_its_programs_with_it() -> None:
+    script = (
+        "from osbuild import command\nimport time\n"
+        "with command.start('sleep', '60') as p:\n print(p.pid, flush=True)\n time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert _alive(child)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 5
+    while _alive(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _alive(child)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return state != "Z"

@@ -1,0 +1,288 @@
+"""The ext4 writer, read by e2fsprogs: e2fsck must find nothing, debugfs must find what the tree holds."""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from osbuild import command
+from osbuild.errors import InputError
+from osbuild.filesystem import ext4
+from osbuild.tree import Bytes, Draft, Entry, Tree, device, directory, regular, symlink
+
+START = 1 << 20
+EPOCH = 1_700_000_000
+
+
+def write(tree: Tree, path: Path, start: int = START) -> ext4.Plan:
+    plan = ext4.plan(tree, start=start, epoch=EPOCH)
+    with path.open("wb") as file:
+        file.truncate(plan.size)
+        plan.write(file.fileno(), 0)
+    return plan
+
+
+def check(path: Path) -> None:
+    done = subprocess.run([command.find("e2fsck"), "-fn", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def debugfs(path: Path, request: str) -> str:
+    done = subprocess.run(
+        [command.find("debugfs"), "-R", request, str(path)], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def draft(**files: Entry) -> Tree:
+    made = Draft()
+    made.put("/", directory(mtime_ns=0))
+    for name, entry in files.items():
+        made.put("/" + name.replace("__", "/"), entry)
+    return made.tree()
+
+
+def extents(path: Path, name: str) -> list[int]:
+    """First blocks of a file's extents, as debugfs names all its blocks."""
+    return [int(word) for word in debugfs(path, f"blocks {name}").split()]
+
+
+def test_an_empty_tree_is_a_clean_filesystem(tmp_path: Path) -> None:
+    write(draft(), tmp_path / "fs")
+    check(tmp_path / "fs")
+
+
+def test_every_kind_of_inode_is_what_it_was(tmp_path: Path) -> None:
+    tree = draft(
+        file=Entry(mode=stat.S_IFREG | 0o4755, uid=100_000, gid=2**32 - 2, mtime_ns=0, content=Bytes(b"hello")),
+        null=device(stat.S_IFCHR, 0o666, 1, 3),
+        wide=device(stat.S_IFBLK, 0o600, 259, 70000),
+        pipe=Entry(mode=stat.S_IFIFO | 0o600, mtime_ns=0),
+        fast=symlink("x" * 59),
+        slow=symlink("y" * 60),
+        long=symlink("z" * 4095),
+        sub__dir=directory(0o1777, mtime_ns=0),
+    )
+    image = tmp_path / "fs"
+    write(tree, image)
+    check(image)
+    assert debugfs(image, "cat /file") == "hello"
+    told = " ".join(debugfs(image, "stat /file").split())
+    assert "Mode: 04755" in told
+    assert "User: 100000 Group: 4294967294" in told or "User: 100000 Group: -2" in told
+    assert "Device major/minor number: 01:03" in debugfs(image, "stat /null")
+    assert "Device major/minor number: 259:70000" in debugfs(image, "stat /wide")
+    assert "Type: FIFO" in debugfs(image, "stat /pipe")
+    assert f'Fast link dest: "{"x" * 59}"' in debugfs(image, "stat /fast")
+    assert "Mode:  01777" in debugfs(image, "stat /sub/dir")
+    out = tmp_path / "out"
+    out.mkdir()
+    debugfs(image, f"rdump / {out}")
+    assert str((out / "slow").readlink()) == "y" * 60
+    assert str((out / "long").readlink()) == "z" * 4095
+
+
+def test_a_socket_is_left_out(tmp_path: Path) -> None:
+    write(draft(sock=Entry(mode=stat.S_IFSOCK | 0o755, mtime_ns=0)), tmp_path / "fs")
+    check(tmp_path / "fs")
+    assert "sock" not in debugfs(tmp_path / "fs", "ls /")
+
+
+def test_hard_links_are_one_inode(tmp_path: Path) -> None:
+    made = draft(a=regular(b"x"), l=symlink("a")).edit()
+    made.link("/b", "/a")
+    made.link("/m", "/l")
+    write(made.tree(), tmp_path / "fs")
+    check(tmp_path / "fs")
+    assert "Links: 2" in debugfs(tmp_path / "fs", "stat /b")
+    assert "Links: 2" in debugfs(tmp_path / "fs", "stat /m")
+
+
+def test_times_have_nanoseconds_and_reach_from_1901_to_2446(tmp_path: Path) -> None:
+    wanted = {
+        "old": -(1 << 31) * 10**9, "before": -1, "now": EPOCH * 10**9 + 123_456_789, "after2038": (1 << 32) * 10**9 + 5,
+        "late": ((1 << 34) - (1 << 31) - 1) * 10**9,
+    }  # fmt: skip
+    write(draft(**{name: regular(b"", mtime_ns=time) for name, time in wanted.items()}), tmp_path / "fs")
+    check(tmp_path / "fs")
+    for name, time in wanted.items():
+        line = next(line for line in debugfs(tmp_path / "fs", f"stat /{name}").splitlines() if " mtime:" in line)
+        low, extra = (int(part, 16) for part in line.split()[1].split(":"))
+        seconds = (low - (1 << 32) if low & 1 << 31 else low) + ((extra & 3) << 32)
+        assert seconds * 10**9 + (extra >> 2) == time, name
+
+
+def test_a_directory_without_a_time_gets_the_epoch(tmp_path: Path) -> None:
+    made = Draft()
+    made.put("/a/b", regular(b""))
+    write(made.tree(), tmp_path / "fs")
+    assert f"mtime: 0x{EPOCH:08x}" in debugfs(tmp_path / "fs", "stat /a")
+
+
+def test_attributes_lie_in_the_inode_or_in_a_block(tmp_path: Path) -> None:
+    capability = struct.pack("<IIIII", 0x02000001, 0x400, 0, 0, 0)
+    tree = draft(
+        small=Entry(mode=stat.S_IFREG | 0o755, mtime_ns=0, xattrs={"security.capability": capability, "user.a": b"b"}),
+        large=Entry(
+            mode=stat.S_IFREG | 0o644, mtime_ns=0, xattrs={"user.big": b"v" * 3000, "user.a": b"", "user.bb": b"2"}
+        ),
+        linked=Entry(mode=stat.S_IFLNK | 0o777, mtime_ns=0, target="t" * 80, xattrs={"trusted.x": b"y" * 200}),
+    )
+    image = tmp_path / "fs"
+    write(tree, image)
+    check(image)
+    assert "user.a (1)" in debugfs(image, "ea_list /small")
+    assert "user.big (3000)" in debugfs(image, "ea_list /large")
+    assert "user.bb (1)" in debugfs(image, "ea_list /large")
+    assert "trusted.x (200)" in debugfs(image, "ea_list /linked")
+    written = tmp_path / "value"
+    debugfs(image, f"ea_get -f {written} /small security.capability")
+    assert written.read_bytes() == capability
+
+
+def test_an_acl_is_read_as_the_one_it_was(tmp_path: Path) -> None:
+    none = 0xFFFFFFFF
+    entries = [(1, 6, none), (2, 6, 1000), (4, 4, none), (8, 5, 50), (16, 6, none), (32, 4, none)]
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    image = tmp_path / "fs"
+    write(draft(f=Entry(mode=stat.S_IFREG | 0o664, mtime_ns=0, xattrs={"system.posix_acl_access": acl})), image)
+    check(image)
+    written = tmp_path / "value"
+    debugfs(image, f"ea_get -f {written} /f system.posix_acl_access")
+    read = list(struct.iter_unpack("<HHI", written.read_bytes()[4:]))
+    # e2fsprogs gives an id of 0 to the entries that have none.
+    assert read == [(tag, permissions, 0 if identity == none else identity) for tag, permissions, identity in entries]
+
+
+@pytest.mark.parametrize("xattrs", [{"user.v": b"x" * 5000}, {"weird.name": b""}, {"system.posix_acl_access": b"no"}])
+def test_attributes_that_ext4_cannot_hold_are_refused_by_path(xattrs: dict[str, bytes], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'/f'"):
+        write(draft(f=Entry(mode=stat.S_IFREG, mtime_ns=0, xattrs=xattrs)), tmp_path / "fs")
+
+
+def test_large_files_start_where_dax_can_map_huge_pages(tmp_path: Path) -> None:
+    files = {f"big{n}": regular(bytes([n]) * ((2 << 20) + n * 12345)) for n in range(1, 5)}
+    files |= {f"small{n:03}": regular(bytes([n]) * (n * 1000)) for n in range(200)}
+    image = tmp_path / "fs"
+    plan = write(draft(**files), image)
+    check(image)
+    for name, entry in files.items():
+        blocks = extents(image, name)
+        assert len(blocks) == -(-entry.content.size // 4096)
+        if name.startswith("big"):
+            assert (START + blocks[0] * 4096) % (2 << 20) == 0
+    used = sum(-(-entry.content.size // 4096) for entry in files.values())
+    assert plan.size // 4096 < used * 1.1, "small files fill what alignment leaves"
+
+
+def test_a_large_file_is_read_back(tmp_path: Path) -> None:
+    data = os.urandom(5 << 20)
+    image = tmp_path / "fs"
+    write(draft(f=regular(data), g=regular(b"after")), image)
+    out = tmp_path / "out"
+    debugfs(image, f"dump /f {out}")
+    assert out.read_bytes() == data
+
+
+class _Zeros:
+    """Content of any size that takes no room: what a hole would be."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def chunks(self):  # type: ignore[no-untyped-def]
+        raise NotImplementedError
+
+    def copy_to(self, descriptor: int, offset: int) -> None:
+        pass
+
+
+def test_a_file_of_5_gib_has_an_extent_tree(tmp_path: Path) -> None:
+    image = tmp_path / "fs"
+    tree = draft(huge=Entry(mode=stat.S_IFREG, mtime_ns=0, content=_Zeros(5 << 30)), after=regular(b"x"))
+    plan = write(tree, image)
+    check(image)
+    assert plan.size > 5 << 30
+    assert image.stat().st_blocks * 512 < 4 << 20
+    assert "Size: 5368709120" in debugfs(image, "stat /huge")
+
+
+def test_ten_thousand_names_in_one_directory(tmp_path: Path) -> None:
+    made = Draft()
+    for number in range(10_000):
+        made.put(f"/d/name-{number}-{'x' * (number % 200)}", regular(b""))
+    image = tmp_path / "fs"
+    write(made.tree(), image)
+    check(image)
+    assert len(debugfs(image, "ls -p /d").split()) >= 10_000
+
+
+def test_70000_directories_in_one_are_too_many_to_count(tmp_path: Path) -> None:
+    made = Draft()
+    for number in range(66_000):
+        made.put(f"/d/{number}", directory(mtime_ns=0))
+    image = tmp_path / "fs"
+    write(made.tree(), image)
+    check(image)
+    assert "Links: 1 " in debugfs(image, "stat /d")
+
+
+def test_the_same_tree_gives_the_same_bytes(tmp_path: Path) -> None:
+    def tree() -> Tree:
+        return draft(a=regular(b"x" * 5000), b=symlink("a"), c__d=regular(b"", mtime_ns=7))
+
+    first, second = write(tree(), tmp_path / "a"), write(tree(), tmp_path / "b")
+    assert first.uuid == second.uuid
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert write(draft(a=regular(b"x" * 5001)), tmp_path / "c").uuid != first.uuid
+
+
+NAMES = st.binary(min_size=1, max_size=30).filter(lambda b: b not in (b".", b"..") and not set(b) & {0, 0x2F})
+META = st.fixed_dictionaries(
+    {
+        "uid": st.integers(0, 2**32 - 2),
+        "gid": st.integers(0, 2**32 - 2),
+        "mtime_ns": st.integers(-(2**61), 2**63),
+        "xattrs": st.dictionaries(
+            st.text("abcdefgh", min_size=1, max_size=20).map(lambda s: "user." + s), st.binary(max_size=200), max_size=4
+        ),
+    }
+)
+ENTRIES = st.one_of(
+    st.builds(
+        lambda m, perm, data: Entry(mode=stat.S_IFREG | perm, content=Bytes(data), **m),
+        META, st.integers(0, 0o7777), st.integers(0, 20000).map(lambda n: b"d" * n),
+    ),
+    st.builds(lambda m, perm: Entry(mode=stat.S_IFDIR | perm, **m), META, st.integers(0, 0o7777)),
+    st.builds(
+        lambda m, t: Entry(mode=stat.S_IFLNK | 0o777, target=t.decode(errors="surrogateescape"), **m),
+        META, st.binary(min_size=1, max_size=4095).filter(lambda b: 0 not in b),
+    ),
+    st.builds(
+        lambda m, a, b: Entry(mode=stat.S_IFBLK, major=a, minor=b, **m),
+        META, st.integers(0, 4095), st.integers(0, 2**20 - 1),
+    ),
+)  # fmt: skip
+
+
+@given(paths=st.lists(st.tuples(st.lists(NAMES, min_size=1, max_size=4), ENTRIES), max_size=30))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_tree_is_clean_to_e2fsck(
+    paths: list[tuple[list[bytes], Entry]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    made = Draft()
+    for parts, entry in paths:
+        try:
+            made.put("/" + "/".join(part.decode(errors="surrogateescape") for part in parts), entry)
+        except InputError:
+            continue  # a file or a circle of links on the way
+    image = tmp_path_factory.mktemp("fs") / "fs"
+    write(made.tree(), image)
+    check(image)

@@ -1,0 +1,113 @@
+"""References and JSON documents: parsed exactly, or refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from osbuild import oci
+from osbuild.errors import InputError, SpecError
+from osbuild.oci import Reference, parse_reference
+from osbuild.sources import SOURCES
+
+DIGEST = "sha256:" + "a" * 64
+WORDS = frozenset(SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("docker-daemon:debian:12", Reference(transport="docker-daemon", name="debian", tag="12")),
+        ("docker-daemon:debian", Reference(transport="docker-daemon", name="debian", tag="latest")),
+        ("debian", Reference(transport="docker-daemon", name="debian", tag="latest")),
+        ("reg.io:5000/a/b:1", Reference(transport="docker-daemon", name="reg.io:5000/a/b", tag="1")),
+        (f"a@{DIGEST}", Reference(transport="docker-daemon", name="a", digest=DIGEST)),
+        ("oci:dir", Reference(transport="oci", name="dir")),
+        ("oci:/a/dir:tag", Reference(transport="oci", name="/a/dir", tag="tag")),
+        ("oci:/a:b/dir", Reference(transport="oci", name="/a:b/dir")),
+        ("docker-archive:/x y,z.tar", Reference(transport="docker-archive", name="/x y,z.tar")),
+    ],
+)
+def test_the_words_of_skopeo_are_understood(text: str, reference: Reference) -> None:
+    assert parse_reference(text, WORDS) == reference
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " a", "oci:", "A/B", "a:b:c", "a:-x", "http://a/b", "nope:/x", "/a/path", "./dir", "a\0b", "a@sha256:zz", "-"],
+)
+def test_what_names_no_image_is_refused(text: str) -> None:
+    with pytest.raises((SpecError, InputError)):
+        parse_reference(text, WORDS)
+
+
+def test_a_path_without_a_transport_gets_a_hint() -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_reference("./dir", WORDS)
+    assert "oci:./dir" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "digest", ["sha256:" + "A" * 64, "sha256:" + "a" * 63, "sha512:" + "a" * 128, "sha256:../" + "a" * 61, None, 5,
+               "sha256:" + "a" * 64 + "\n"],
+)  # fmt: skip
+def test_only_a_digest_that_is_one_is_believed(digest: object) -> None:
+    with pytest.raises(InputError, match="not a sha256 digest"):
+        oci.check_digest(digest, "here")
+
+
+def manifest(**changes: Any) -> bytes:
+    descriptor = {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": DIGEST, "size": 1}
+    config = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": DIGEST, "size": 1}
+    return json.dumps({"schemaVersion": 2, "config": config, "layers": [descriptor]} | changes).encode()
+
+
+def test_a_plain_manifest_is_read() -> None:
+    parsed = oci.parse_manifest(manifest(), "here")
+    assert parsed.config.digest == parsed.layers[0].digest == DIGEST
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"schemaVersion": 1}, "schemaVersion"),
+        ({"layers": []}, "without layers"),
+        ({"layers": None}, "without layers"),
+        ({"layers": [1]}, "descriptor is missing"),
+        ({"manifests": []}, "both an index and a manifest"),
+        ({"config": {"mediaType": "x/y", "digest": DIGEST, "size": 1}}, "not an image's config"),
+        ({"layers": [{"mediaType": "x/y", "digest": DIGEST, "size": 1}]}, "unknown layer type"),
+        ({"layers": [{"mediaType": "x/y", "digest": DIGEST, "size": -1}]}, "size"),
+        ({"layers": [{"mediaType": "x/y", "digest": DIGEST, "size": True}]}, "size"),
+        ({"layers": [{"digest": DIGEST, "size": 1}]}, "media type"),
+    ],
+)
+def test_an_odd_manifest_is_refused_by_its_rule(changes: dict[str, Any], rule: str) -> None:
+    with pytest.raises(InputError, match=rule):
+        oci.parse_manifest(manifest(**changes), "here")
+
+
+@pytest.mark.parametrize(
+    ("data", "rule"),
+    [
+        (b"[1]", "not a JSON object"),
+        (b"{", "not JSON"),
+        (b'{"a":' + b"[" * 101 + b"]" * 101 + b"}", "nested"),
+        (b"\xff\xfe", "not JSON"),
+        (b" " * (oci.JSON_MAX + 1), "more than"),
+    ],
+    ids=["a list", "cut", "deep", "no text", "huge"],
+)
+def test_json_is_bounded(data: bytes, rule: str) -> None:
+    with pytest.raises(InputError, match=rule):
+        oci.parse_json(data, "here")
+
+
+@pytest.mark.parametrize(
+    "rootfs", [None, {"type": "layers"}, {"type": "x", "diff_ids": [DIGEST]}, {"type": "layers", "diff_ids": []}]
+)
+def test_a_config_without_layers_is_refused(rootfs: object) -> None:
+    with pytest.raises(InputError, match="layers"):
+        oci.parse_config(json.dumps({"rootfs": rootfs}).encode(), "here")

@@ -1,0 +1,309 @@
+"""Sources: the same image by every road, and lies about it."""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import socketserver
+import tarfile
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from osbuild import zstd
+from osbuild.arch import AARCH64, X86_64
+from osbuild.errors import HostError, InputError
+from osbuild.layers import flatten
+from osbuild.sources import SOURCES, open_image
+from osbuild.sources.image import uncompressed
+from tests.layer_tools import archive, folder, hardlink, link, member, write_layout
+
+LAYERS = (
+    archive(folder("etc"), member("etc/a", b"lower"), member("etc/gone", b"x"), link("l", "etc")),
+    archive(member("etc/a", b"upper" * 1000), member("etc/.wh.gone"), hardlink("etc/b", "etc/a")),
+)
+
+
+def save(layers: tuple[bytes, ...] = LAYERS, *, linked: bool = False, images: int = 1) -> bytes:
+    """What `docker save` of Docker 20 streams."""
+    digests = [hashlib.sha256(data).hexdigest() for data in layers]
+    config = json.dumps(
+        {"os": "linux", "architecture": "amd64",
+         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in digests]}}
+    ).encode()  # fmt: skip
+    names = [f"{index}/layer.tar" for index in range(len(layers))]
+    manifest = [{"Config": "c.json", "RepoTags": ["x:latest"], "Layers": names}] * images
+    members = [member("c.json", config), member("manifest.json", json.dumps(manifest).encode())]
+    for index, data in enumerate(layers):
+        same = layers.index(data)
+        if linked and same != index:
+            members.append(link(f"{index}/layer.tar", f"../{same}/layer.tar"))
+        else:
+            members.append(member(f"{index}/layer.tar", data))
+    return archive(*members)
+
+
+class _Daemon(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+    body = b""
+    status = 200
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def address_string(self) -> str:
+        return "unix"
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+    def do_GET(self) -> None:
+        server = self.server
+        assert isinstance(server, _Daemon)
+        if self.path.endswith("/version"):
+            self._answer(200, json.dumps({"ApiVersion": "1.41", "MinAPIVersion": "1.12"}).encode())
+        elif server.status != 200:
+            self._answer(server.status, json.dumps({"message": "No such image"}).encode())
+        else:
+            self._answer(200, server.body)
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Daemon]:
+    """A Docker daemon that can do nothing but save one image."""
+    path = tmp_path / "docker.sock"
+    with _Daemon(str(path), _Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{path}")
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def roads(tmp_path: Path, daemon: _Daemon) -> dict[str, str]:
+    """One image in each of the places that SOURCES knows."""
+    write_layout(tmp_path / "layout", LAYERS)
+    daemon.body = save()
+    (tmp_path / "a.tar").write_bytes(save())
+    return {
+        "docker-daemon": "docker-daemon:x",
+        "docker-archive": f"docker-archive:{tmp_path}/a.tar",
+        "oci": f"oci:{tmp_path}/layout",
+    }
+
+
+@pytest.mark.parametrize("transport", SOURCES)
+def test_the_same_image_by_every_road_gives_the_same_tree(transport: str, roads: dict[str, str]) -> None:
+    image = open_image(roads[transport], X86_64)
+    tree = flatten(image.layers)
+    assert list(tree) == ["/", "/etc", "/etc/a", "/etc/b", "/l"]
+    assert tree["/etc/a"] is tree["/etc/b"]
+    assert tree.digest() == flatten(open_image(roads["oci"], X86_64).layers).digest()
+
+
+@pytest.mark.parametrize("transport", SOURCES)
+def test_an_image_for_another_machine_is_refused(transport: str, roads: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="linux/arm64"):
+        open_image(roads[transport], AARCH64)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_no_daemon_is_the_hosts_lack_and_names_the_other_roads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/no.sock")
+    with pytest.raises(HostError, match="no Docker daemon answers") as caught:
+        open_image("docker-daemon:x", X86_64)
+    assert "oci:DIR" in caught.value.hint
+    del caught
+    gc.collect()  # docker 7.2 leaves the socket open that could not be connected: here, not in the next test
+
+
+def test_an_image_the_daemon_has_not_is_named(daemon: _Daemon) -> None:
+    daemon.status = 404
+    with pytest.raises(InputError, match="no image 'x:latest'"):
+        open_image("docker-daemon:x", X86_64)
+
+
+def test_a_save_that_was_cut_off_is_refused(daemon: _Daemon) -> None:
+    daemon.body = save()[:-4000]
+    with pytest.raises(InputError):
+        open_image("docker-daemon:x", X86_64)
+
+
+def test_a_layer_that_stands_twice_is_read_through_its_link(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(save((LAYERS[0], LAYERS[0]), linked=True))
+    assert len(open_image(f"docker-archive:{tmp_path}/a.tar", X86_64).layers) == 2
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lambda data: _zstd(data)], ids=["gzip", "zstd"])
+def test_a_compressed_archive_is_read(pack: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(pack(save()))
+    assert len(open_image(f"docker-archive:{tmp_path}/a.tar", X86_64).layers) == 2
+
+
+def test_two_images_in_one_archive_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(save(images=2))
+    with pytest.raises(InputError, match="2 images"):
+        open_image(f"docker-archive:{tmp_path}/a.tar", X86_64)
+
+
+def test_a_compressed_layer_is_the_same_image(tmp_path: Path) -> None:
+    write_layout(tmp_path / "plain", LAYERS)
+    write_layout(tmp_path / "packed", LAYERS, compress=True)
+    plain, packed = (flatten(open_image(f"oci:{tmp_path}/{name}", X86_64).layers) for name in ("plain", "packed"))
+    assert plain.digest() == packed.digest()
+
+
+def test_a_tag_chooses_and_a_wrong_one_lists_the_right_ones(tmp_path: Path) -> None:
+    write_layout(tmp_path / "l", LAYERS[:1], tag="one")
+    write_layout(tmp_path / "l", LAYERS, tag="two")
+    assert len(open_image(f"oci:{tmp_path}/l:one", X86_64).layers) == 1
+    assert len(open_image(f"oci:{tmp_path}/l:two", X86_64).layers) == 2
+    with pytest.raises(InputError) as caught:
+        open_image(f"oci:{tmp_path}/l:three", X86_64)
+    assert "'one', 'two'" in caught.value.hint
+    with pytest.raises(InputError, match="2 of 2 images"):
+        open_image(f"oci:{tmp_path}/l", X86_64)
+
+
+def test_a_platform_chooses_when_no_tag_does(tmp_path: Path) -> None:
+    write_layout(tmp_path / "l", LAYERS[:1], architecture="arm64")
+    write_layout(tmp_path / "l", LAYERS, architecture="amd64")
+    assert len(open_image(f"oci:{tmp_path}/l", X86_64).layers) == 2
+    assert len(open_image(f"oci:{tmp_path}/l", AARCH64).layers) == 1
+
+
+def _lie(layout: Path, blob: str, data: bytes) -> None:
+    (layout / "blobs" / "sha256" / blob.removeprefix("sha256:")).write_bytes(data)
+
+
+def test_a_blob_with_other_bytes_of_the_right_length_is_refused(tmp_path: Path) -> None:
+    manifest = write_layout(tmp_path / "l", LAYERS)
+    layer = manifest["layers"][0]
+    _lie(tmp_path / "l", layer["digest"], b"x" * layer["size"])
+    with pytest.raises(InputError, match="has the content of"):
+        open_image(f"oci:{tmp_path}/l", X86_64)
+
+
+def test_a_blob_of_another_size_is_refused(tmp_path: Path) -> None:
+    manifest = write_layout(tmp_path / "l", LAYERS)
+    _lie(tmp_path / "l", manifest["layers"][0]["digest"], b"short")
+    with pytest.raises(InputError, match="has 5 bytes"):
+        open_image(f"oci:{tmp_path}/l", X86_64)
+
+
+def test_a_layer_that_is_not_its_diff_id_is_refused(tmp_path: Path) -> None:
+    write_layout(tmp_path / "l", LAYERS, rootfs={"type": "layers", "diff_ids": ["sha256:" + "0" * 64] * 2})
+    with pytest.raises(InputError, match="but the config says"):
+        open_image(f"oci:{tmp_path}/l", X86_64)
+
+
+def test_more_layers_than_the_config_names_are_refused(tmp_path: Path) -> None:
+    digest = "sha256:" + hashlib.sha256(LAYERS[0]).hexdigest()
+    write_layout(tmp_path / "l", LAYERS, rootfs={"type": "layers", "diff_ids": [digest]})
+    with pytest.raises(InputError, match="2 layers, but the config names 1"):
+        open_image(f"oci:{tmp_path}/l", X86_64)
+
+
+def test_a_blob_that_is_a_link_to_a_host_file_is_not_followed(tmp_path: Path) -> None:
+    manifest = write_layout(tmp_path / "l", LAYERS)
+    blob = tmp_path / "l/blobs/sha256" / manifest["layers"][0]["digest"].removeprefix("sha256:")
+    blob.rename(tmp_path / "elsewhere")
+    blob.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="cannot read"):
+        open_image(f"oci:{tmp_path}/l", X86_64)
+
+
+@pytest.mark.parametrize("what", ["nothing", "a file", "an empty directory"])
+def test_what_is_no_layout_is_refused(what: str, tmp_path: Path) -> None:
+    if what == "a file":
+        (tmp_path / "l").write_bytes(b"")
+    elif what == "an empty directory":
+        (tmp_path / "l").mkdir()
+    with pytest.raises(InputError):
+        open_image(f"oci:{tmp_path}/l", X86_64)
+
+
+def test_skopeo_makes_a_layout_that_we_read(tmp_path: Path) -> None:
+    import shutil
+    import subprocess
+
+    if shutil.which("skopeo") is None:
+        pytest.skip("skopeo is not installed")
+    (tmp_path / "a.tar").write_bytes(save())
+    command = ["skopeo", "--insecure-policy", "copy", "-q", f"docker-archive:{tmp_path}/a.tar", f"oci:{tmp_path}/l:t"]
+    subprocess.run(command, check=True)
+    theirs = flatten(open_image(f"oci:{tmp_path}/l:t", X86_64).layers)
+    assert theirs.digest() == flatten(open_image(f"docker-archive:{tmp_path}/a.tar", X86_64).layers).digest()
+
+
+def _zstd(data: bytes) -> bytes:
+    compressor = zstd.compressor(3)
+    packed: bytes = compressor.compress(data) + compressor.flush()
+    return packed
+
+
+def _expand(data: bytes, kind: str, size: int = 1000) -> bytes:
+    return b"".join(uncompressed((data[at : at + size] for at in range(0, len(data), size)), kind, "here"))
+
+
+@pytest.mark.parametrize(("kind", "pack"), [("gzip", gzip.compress), ("zstd", _zstd)])
+class TestCompressedStreams:
+    def test_any_cutting_into_pieces_gives_the_same(self, kind: str, pack: Any) -> None:
+        data = bytes(range(256)) * 20_000
+        for size in (1, 7, 100_000):
+            assert _expand(pack(data[:50_000]), kind, size) == data[:50_000]
+        assert _expand(pack(data), kind) == data
+
+    def test_several_members_are_one_stream(self, kind: str, pack: Any) -> None:
+        assert _expand(pack(b"one") + pack(b"two"), kind) == b"onetwo"
+
+    def test_a_cut_is_noticed(self, kind: str, pack: Any) -> None:
+        with pytest.raises(InputError, match="cut off"):
+            _expand(pack(b"x" * 1000)[:-3], kind)
+
+    def test_nothing_at_all_is_a_cut(self, kind: str, pack: Any) -> None:
+        with pytest.raises(InputError, match="cut off"):
+            _expand(b"", kind)
+
+    def test_damage_is_noticed(self, kind: str, pack: Any) -> None:
+        data = bytearray(pack(bytes(range(256)) * 100))
+        data[len(data) // 2] ^= 0xFF
+        with pytest.raises(InputError, match=r"damaged|cut off"):
+            _expand(bytes(data), kind)
+
+
+def test_a_bomb_is_stopped_long_before_it_is_through() -> None:
+    bomb = _zstd(bytes(1 << 30))
+    sizes: list[int] = []
+    with pytest.raises(InputError, match="bomb"):
+        sizes.extend(len(piece) for piece in uncompressed([bomb], "zstd", "here"))
+    assert sum(sizes) < 256 << 20
+
+
+def test_the_worst_honest_gzip_is_no_bomb() -> None:
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    data = packer.compress(bytes(100 << 20)) + packer.flush()
+    assert sum(len(piece) for piece in uncompressed([data], "gzip", "here")) == 100 << 20
+
+
+def test_tarfile_agrees_on_what_docker_save_streams() -> None:
+    with tarfile.open(fileobj=io.BytesIO(save())) as tar:
+        assert "manifest.json" in tar.getnames()

@@ -1,0 +1,122 @@
+"""The tree as a value, and the draft that changes it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from osbuild.errors import InputError
+from osbuild.tree import Bytes, Draft, Slice, Spool, Tree, directory, regular, symlink
+
+
+def test_a_tree_is_sorted_and_has_a_root() -> None:
+    draft = Draft()
+    draft.put("/b", regular(b""))
+    draft.put("/a/z", regular(b""))
+    assert list(draft.tree()) == ["/", "/a", "/a/z", "/b"]
+
+
+def test_editing_a_copy_leaves_the_tree_alone() -> None:
+    draft = Draft()
+    draft.put("/a", regular(b"x"))
+    tree = draft.tree()
+    changed = tree.edit()
+    changed.remove("/a")
+    assert "/a" in tree
+    assert "/a" not in changed.tree()
+
+
+def test_editing_keeps_hard_links() -> None:
+    draft = Draft()
+    draft.put("/a", regular(b"x"))
+    draft.link("/b", "/a")
+    again = draft.tree().edit().tree()
+    assert again["/a"] is again["/b"]
+
+
+@pytest.mark.parametrize(
+    ("path", "where"),
+    [
+        ("/bin/sh", "/usr/bin/sh"),
+        ("/abs/x", "/usr/x"),
+        ("/up/x", "/x"),
+        ("/chain", "/usr/bin"),
+        ("/no/such", "/no/such"),
+    ],
+)
+def test_resolving_follows_links_inside_the_tree(path: str, where: str) -> None:
+    draft = Draft()
+    draft.put("/usr/bin", directory())
+    draft.put("/bin", symlink("usr/bin"))
+    draft.put("/abs", symlink("/usr"))
+    draft.put("/up", symlink("../../.."))
+    draft.put("/chain", symlink("bin"))
+    assert draft.resolve(path) == where
+
+
+def test_resolving_a_circle_ends() -> None:
+    draft = Draft()
+    draft.put("/a", symlink("b"))
+    draft.put("/b", symlink("/a"))
+    with pytest.raises(InputError, match="40"):
+        draft.resolve("/a/x")
+
+
+def test_a_remembered_way_is_forgotten_when_a_link_on_it_changes() -> None:
+    draft = Draft()
+    draft.put("/one", directory())
+    draft.put("/two", directory())
+    draft.put("/l", symlink("one"))
+    draft.put("/l/a", regular(b""))
+    draft.put("/l", symlink("two"))
+    draft.put("/l/b", regular(b""))
+    assert list(draft.tree()) == ["/", "/l", "/one", "/one/a", "/two", "/two/b"]
+
+
+def test_removing_a_directory_forgets_the_ways_through_it() -> None:
+    draft = Draft()
+    draft.put("/d/e/f", regular(b""))
+    assert draft.remove("/d")
+    draft.put("/d/e/g", regular(b""))
+    assert list(draft.tree()) == ["/", "/d", "/d/e", "/d/e/g"]
+
+
+def test_the_root_cannot_become_a_file() -> None:
+    with pytest.raises(InputError, match="root"):
+        Draft().put("/", regular(b""))
+
+
+def test_spooled_content_is_copied_exactly(tmp_path: Path) -> None:
+    spool = Spool(str(tmp_path))
+    spool.append(b"before")
+    data = os.urandom(3_000_000)
+    spool.append(data)
+    content = Slice(spool, 6, len(data))
+    assert b"".join(content.chunks()) == data
+    with (tmp_path / "out").open("w+b") as out:
+        content.copy_to(out.fileno(), 10)
+    assert (tmp_path / "out").read_bytes() == bytes(10) + data
+    assert os.listdir(tmp_path) == ["out"], "a spool has no name"
+
+
+def test_every_field_counts_in_the_digest() -> None:
+    def digest(**fields: object) -> str:
+        draft = Draft()
+        draft.put("/a", regular(**{"data": b"x", **fields}))  # type: ignore[arg-type]
+        return draft.tree().digest()
+
+    digests = {digest(), digest(data=b"y"), digest(permissions=0o600), digest(mtime_ns=1)}
+    assert len(digests) == 4
+
+
+def test_equal_trees_have_equal_digests_whatever_the_order() -> None:
+    entries = {"/a": regular(b"1"), "/b": regular(b"2"), "/": directory()}
+    backwards = dict(reversed(entries.items()))
+    assert Tree(entries).digest() == Tree(backwards).digest()
+
+
+def test_bytes_come_in_pieces_that_make_the_whole() -> None:
+    data = os.urandom(2_500_000)
+    assert b"".join(Bytes(data).chunks()) == data
