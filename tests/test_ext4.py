@@ -19,6 +19,7 @@ from osbuild.tree import Bytes, Draft, Entry, Tree, device, directory, regular, 
 
 START = 1 << 20
 EPOCH = 1_700_000_000
+JOURNAL = 4 << 20  # bytes, of which 4096 are no hole
 
 
 def write(tree: Tree, path: Path, start: int = START) -> ext4.Plan:
@@ -57,6 +58,16 @@ def extents(path: Path, name: str) -> list[int]:
 def test_an_empty_tree_is_a_clean_filesystem(tmp_path: Path) -> None:
     write(draft(), tmp_path / "fs")
     check(tmp_path / "fs")
+
+
+def test_there_is_a_journal_because_kata_mounts_with_data_ordered(tmp_path: Path) -> None:
+    image = tmp_path / "fs"
+    write(draft(), image)
+    told = subprocess.run([command.find("dumpe2fs"), "-h", str(image)], capture_output=True, text=True, check=True)
+    assert "has_journal" in told.stdout
+    assert "Total journal size:       4096k" in told.stdout
+    assert "needs_recovery" not in told.stdout
+    assert image.stat().st_blocks * 512 < 64 << 10, "an empty journal is a hole"
 
 
 def test_every_kind_of_inode_is_what_it_was(tmp_path: Path) -> None:
@@ -178,7 +189,7 @@ def test_large_files_start_where_dax_can_map_huge_pages(tmp_path: Path) -> None:
         assert len(blocks) == -(-entry.content.size // 4096)
         if name.startswith("big"):
             assert (START + blocks[0] * 4096) % (2 << 20) == 0
-    used = sum(-(-entry.content.size // 4096) for entry in files.values())
+    used = JOURNAL // 4096 + sum(-(-entry.content.size // 4096) for entry in files.values())
     assert plan.size // 4096 < used * 1.1, "small files fill what alignment leaves"
 
 

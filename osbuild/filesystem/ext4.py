@@ -1,10 +1,13 @@
-"""ext4 for reading: a whole tree laid out at once, no journal, no free space, nothing left to chance.
+"""ext4 for reading: a whole tree laid out at once, no free space, nothing left to chance.
 
     block 0          boot sector, superblock at byte 1024
     1 …              group descriptors, 32 bytes each
     …                all block bitmaps, all inode bitmaps, all inode tables (flex_bg lets them stand together)
     …                directories, long symbolic links, attribute blocks
     …                files; those of 2 MiB and more on 2 MiB boundaries of the namespace, smaller ones in between
+    at the end       an empty journal, the smallest there is: 4 MiB, of which one block is not a hole
+
+Nobody writes to the journal. It is there because Kata mounts with data=ordered, which the kernel refuses without one.
 
 Blocks are 4 KiB, inodes 256 bytes, groups 32768 blocks. There are no superblock copies (sparse_super2 without
 backups): a damaged image is replaced, not repaired, and every group after the first is free for file data.
@@ -33,6 +36,8 @@ INODE: Final = 256
 _EXTRA_ISIZE: Final = 32
 _FIRST_INODE: Final = 11
 _ROOT_INODE: Final = 2
+_JOURNAL_INODE: Final = 8
+_JOURNAL_BLOCKS: Final = 1024  # JBD2_MIN_JOURNAL_BLOCKS
 _EXTENT_BLOCKS: Final = 32768  # the longest initialised extent
 _INLINE_EXTENTS: Final = 4
 _BLOCK_EXTENTS: Final = (BLOCK - 12) // 12
@@ -41,7 +46,7 @@ _LINKS_MAX: Final = 65000
 _FILE_BLOCKS_MAX: Final = (1 << 32) - 2  # logical block numbers have 32 bits
 
 # Feature bits (ext4/super.rst)
-_COMPAT: Final = 0x0008 | 0x0200  # ext_attr, sparse_super2
+_COMPAT: Final = 0x0004 | 0x0008 | 0x0200  # has_journal, ext_attr, sparse_super2
 _INCOMPAT: Final = 0x0002 | 0x0040 | 0x0200  # filetype, extents, flex_bg
 # sparse_super, large_file, huge_file, dir_nlink, extra_isize
 _RO_COMPAT: Final = 0x0001 | 0x0002 | 0x0008 | 0x0020 | 0x0040
@@ -135,6 +140,9 @@ class _Layout:
         self._metadata: list[tuple[int, bytes]] = []
         self._gaps: list[tuple[int, int]] = []  # blocks that alignment leaves free: first, how many
         self._number(tree)
+        self._journal = _Inode(
+            _JOURNAL_INODE, Entry(mode=stat.S_IFREG | 0o600), "", 1, _JOURNAL_BLOCKS * BLOCK, blocks=_JOURNAL_BLOCKS
+        )
 
     def finish(self) -> Plan:
         """Sizes first, then places, then bytes."""
@@ -150,10 +158,11 @@ class _Layout:
         self._metadata.append((self._table * BLOCK, self._inode_table()))
         identity = self._identity()
         self._metadata.extend(self._group_blocks())
+        self._metadata.append((self._journal.first * BLOCK, _journal_superblock(identity)))
         self._metadata.append((1024, self._superblock(identity)))
         return Plan(
             size=self._total * BLOCK,
-            uuid=str(uuid.UUID(bytes=identity[:16], version=5)),
+            uuid=str(_uuid(identity)),
             metadata=tuple(self._metadata),
             bodies=tuple(sorted(((inode.first * BLOCK, inode.entry.content) for inode in files), key=lambda at: at[0])),
         )
@@ -231,7 +240,7 @@ class _Layout:
         """Find a place for everything; the number of groups and what fits into them depend on each other."""
         directory_blocks = sum(len(data) // BLOCK for _, data in packed)
         groups = 0
-        self._total = 1 + directory_blocks + len(self._blobs) + sum(inode.blocks for inode in files)
+        self._total = 1 + directory_blocks + len(self._blobs) + sum(inode.blocks for inode in files) + _JOURNAL_BLOCKS
         while self._total > groups * GROUP_BLOCKS:
             groups = -(-self._total // GROUP_BLOCKS)
             cursor = self._place_fixed(groups)
@@ -239,7 +248,8 @@ class _Layout:
                 inode.first = cursor
                 cursor += len(data) // BLOCK
             self._first_blob = cursor
-            self._total = self._place_files(files, cursor + len(self._blobs))
+            self._journal.first = self._place_files(files, cursor + len(self._blobs))
+            self._total = self._journal.first + _JOURNAL_BLOCKS
         if self._total >= 1 << 32:
             raise InputError(f"the tree needs {self._total} blocks of 4096 bytes; this ext4 writer stops at 2^32")
 
@@ -320,7 +330,7 @@ class _Layout:
 
     def _inode_table(self) -> bytes:
         table = bytearray(self._groups * self._per_group * INODE)
-        for inode in self._inodes:
+        for inode in (*self._inodes, self._journal):
             at = (inode.number - 1) * INODE
             entry = inode.entry
             seconds, extra = _time(entry.mtime_ns if entry.mtime_ns is not None else self._epoch * 1_000_000_000)
@@ -395,13 +405,28 @@ class _Layout:
             0, 0,
         )  # fmt: skip
         struct.pack_into("<IHH III", block, 84, _FIRST_INODE, INODE, 0, _COMPAT, _INCOMPAT, _RO_COMPAT)
-        block[104:120] = uuid.UUID(bytes=identity[:16], version=5).bytes
+        block[104:120] = _uuid(identity).bytes
+        struct.pack_into("<I", block, 224, _JOURNAL_INODE)
         block[236:252] = identity[16:32]  # hash seed
         block[252] = 1  # half MD4, for directories that get an index later
+        block[253] = 1  # a copy of where the journal is follows
+        field_ = _block_field(self._journal).ljust(60, b"\0")
+        block[268:336] = field_ + struct.pack("<II", 0, self._journal.size)
         struct.pack_into("<II", block, 264, self._epoch & 0xFFFFFFFF, 0)  # when it was made
         struct.pack_into("<HHI", block, 348, _EXTRA_ISIZE, _EXTRA_ISIZE, 2)  # hashes treat names as unsigned bytes
         block[372] = 4  # 16 groups in a flex group
         return bytes(block)
+
+
+def _uuid(identity: bytes) -> uuid.UUID:
+    return uuid.UUID(bytes=identity[:16], version=5)
+
+
+def _journal_superblock(identity: bytes) -> bytes:
+    """An empty journal (ext4/journal.rst): big-endian, version 2, nothing in it."""
+    block = struct.pack(">III IIIII IIII", 0xC03B3998, 4, 0, BLOCK, _JOURNAL_BLOCKS, 1, 1, 0, 0, 0, 0, 0)
+    block += _uuid(identity).bytes + struct.pack(">I", 1)  # one user: this filesystem
+    return block.ljust(BLOCK, b"\0")
 
 
 def _block_field(inode: _Inode) -> bytes:

@@ -1,0 +1,168 @@
+"""The command line as a user meets it: one clear line, the right exit code, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.layer_tools import archive, folder, hardlink, member, write_layout
+
+OSBUILDER = (sys.executable, "-c", "from osbuild.cli import main; main()")
+
+
+def run(*words: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*OSBUILDER, *words], capture_output=True, text=True, check=False, cwd=cwd, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "COLUMNS": "100"} | (env or {}),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Path:
+    write_layout(tmp_path / "layout", [archive(folder("etc"), member("etc/hello", b"hello"))])
+    return tmp_path / "layout"
+
+
+def one_line(text: str) -> str:
+    """The error line; there must be exactly one, and a hint at most."""
+    lines = [line for line in text.splitlines() if not line.startswith(("✓", "✗"))]
+    assert lines[0].startswith("error: "), text
+    assert len(lines) <= 2, text
+    assert all(line.startswith("hint:") for line in lines[1:]), text
+    assert "Traceback" not in text
+    return lines[0]
+
+
+def test_help_names_every_command_of_the_readme() -> None:
+    told = run("--help").stdout
+    for word in ("build", "image", "initrd", "kernel", "agent", "smoke", "doctor"):
+        assert word in told
+    assert run("--version").stdout.startswith("osbuilder ")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("build", "oci:/no/such/place"), 3, "/no/such/place"),
+        (("build", "./dir"), 2, "is a path"),
+        (("build", "A B"), 2, "no image name"),
+        (("build", "oci:x", "--fs", "ntfs"), 2, "ntfs"),
+        (("build", "oci:x", "--compress", "rar"), 2, "rar"),
+        (("build", "oci:x", "--arch", "z80"), 2, "z80"),
+        (("build", "oci:x", "--accel", "warp"), 2, "warp"),
+        (("build", "oci:x", "--make", "cake"), 2, "cake"),
+        (("build", "oci:x", "--timeout", "-1"), 2, "-1"),
+        (("smoke", "/no/such/build"), 3, "no finished build"),
+        (("image", "docker-archive:/dev/null/x"), 3, "cannot read"),
+    ],
+)
+def test_bad_input_gets_one_line_and_its_exit_code(
+    words: tuple[str, ...], code: int, says: str, tmp_path: Path
+) -> None:
+    out = ("-o", str(tmp_path / "out")) if words[0] != "smoke" else ()
+    done = run(*words, *out, "--quiet")
+    assert done.returncode == code, done.stderr
+    assert says in one_line(done.stderr)
+    assert done.stdout == ""
+
+
+def test_words_that_do_not_exist_are_a_usage_error() -> None:
+    assert run("build").returncode == 2
+    assert run("bake", "x").returncode == 2
+    assert run("build", "oci:x", "--nope").returncode == 2
+
+
+def test_a_bad_source_date_epoch_is_refused(layout: Path, tmp_path: Path) -> None:
+    done = run("image", f"oci:{layout}", "-o", str(tmp_path / "i"), env={"SOURCE_DATE_EPOCH": "yesterday"})
+    assert done.returncode == 2
+    assert "SOURCE_DATE_EPOCH" in one_line(done.stderr)
+
+
+def test_an_image_is_written_and_told_as_json(layout: Path, tmp_path: Path) -> None:
+    done = run("image", f"oci:{layout}", "-o", str(tmp_path / "x.img"), "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["size"] == (tmp_path / "x.img").stat().st_size
+    assert told["words"][0] == "root=/dev/pmem0p1"
+    assert done.stderr == ""
+
+
+def test_the_same_bytes_with_another_umask_zone_locale_and_directory(layout: Path, tmp_path: Path) -> None:
+    digests = set()
+    for number, env in enumerate(({"TZ": "UTC"}, {"TZ": "Asia/Kathmandu", "LANG": "tr_TR.UTF-8", "COLUMNS": "1"})):
+        cwd = tmp_path / f"dir {number}"
+        cwd.mkdir()
+        before = os.umask(0o077 if number else 0o022)
+        try:
+            for kind in ("image", "initrd"):
+                done = run(kind, f"oci:{layout}", "-o", f"{kind}.out", "--json", "--quiet", env=env, cwd=cwd)
+                digests.add((kind, json.loads(done.stdout)["sha256"]))
+        finally:
+            os.umask(before)
+    assert len(digests) == 2
+
+
+def test_a_directory_that_is_not_ours_is_left_alone(layout: Path, tmp_path: Path) -> None:
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    done = run("build", f"oci:{layout}", "-o", str(out), "--quiet")
+    assert done.returncode == 2
+    assert "thesis.tex" in one_line(done.stderr)
+    assert os.listdir(out) == ["thesis.tex"]
+
+
+def test_an_output_that_is_a_file_is_refused(layout: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("x")
+    done = run("build", f"oci:{layout}", "-o", str(tmp_path / "out"), "--quiet")
+    assert done.returncode == 2
+    assert "not a directory" in one_line(done.stderr)
+
+
+def test_a_hostile_name_reaches_the_terminal_harmless(tmp_path: Path) -> None:
+    write_layout(tmp_path / "l", [archive(hardlink("\x1b]0;owned\x07[/red]\n", "x"))])
+    done = run("image", f"oci:{tmp_path}/l", "-o", str(tmp_path / "x"))
+    assert done.returncode == 3
+    assert "\x1b" not in done.stderr
+    assert "hard link" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_agents_version_is_read_from_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"...osbuilder-agent version=1.2.3;...")
+    assert run("agent", "version", str(tmp_path / "a")).stdout == "osbuilder-agent 1.2.3\n"
+    (tmp_path / "b").write_bytes(b"something else")
+    assert run("agent", "version", str(tmp_path / "b")).returncode == 3
+
+
+def test_doctor_names_the_package_of_what_is_missing(tmp_path: Path) -> None:
+    done = run("doctor", "--json", env={"PATH": str(tmp_path)})
+    findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    assert done.returncode == 4
+    assert findings["qemu-system-x86_64"]["state"] == "missing"
+    assert "qemu-system-x86" in findings["qemu-system-x86_64"]["detail"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_with_the_right_code_and_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    fifo = tmp_path / "slow.tar"
+    os.mkfifo(fifo)
+    process = subprocess.Popen(
+        [*OSBUILDER, "image", f"docker-archive:{fifo}", "-o", str(tmp_path / "x.img")],
+        stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    writer = os.open(fifo, os.O_WRONLY)  # returns when the program has opened its end
+    time.sleep(0.1)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=20)
+    os.close(writer)
+    assert process.returncode == 128 + number, told
+    assert b"Traceback" not in told
+    assert os.listdir(tmp_path) == ["slow.tar"]
