@@ -46,7 +46,8 @@ class Show:
         taken = time.monotonic() - began
         if name:
             self.seconds[name] = taken
-        self._line("✓", "green", title, step.note, taken)
+        mark, style = ("✗", "red") if step.bad else ("✓", "green")
+        self._line(mark, style, title, step.note, taken)
 
     def say(self, text: str) -> None:
         """One line that is no step."""
@@ -76,6 +77,7 @@ class Step:
 
     def __init__(self, show: Show, title: str) -> None:
         self.note = ""  # what came of it, in a word or two
+        self.bad = False  # it ended, and what came of it is not what was hoped for
         self.title = title
         self.progress: Progress | None = None
         self.task: Any = None  # rich's own kind of number

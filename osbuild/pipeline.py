@@ -134,7 +134,8 @@ def boot(wishes: GuestSpec, kernel: Kernel, name: str, root: DiskImage | Initrd,
     )  # fmt: skip
     with show.step(f"booting the {name}", name=f"boot {name}") as step:
         report = smoke.run(machine, out / "smoke" / name, name=name, seconds=wishes.seconds)
-        step.note = report.accel.name if report.verdict is Verdict.passed else f"{report.verdict}: {report.reason}"
+        step.bad = report.verdict is not Verdict.passed
+        step.note = f"{report.verdict}: {report.reason}" if step.bad else report.accel.name
     return report
 
 

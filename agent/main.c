@@ -1,0 +1,103 @@
+/* osbuilder's guest agent: PID 1 of a guest, a service in it, or (--listen) an ordinary process for tests. */
+#define _GNU_SOURCE
+#include "guest.h"
+#include "log.h"
+#include "server.h"
+#include "services.h"
+#include "version.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <time.h>
+#include <unistd.h>
+
+#define SUBSYSTEM "root"
+#define UNIX "unix:"
+
+enum { MOST_ADDRESSES = 4 };
+
+struct options {
+    const char *paths[MOST_ADDRESSES]; /* of unix sockets to listen on instead of what a guest has */
+    size_t count;
+};
+
+static const char marker[] __attribute__((used)) = AGENT_MARKER;
+
+static int usage(void)
+{
+    fputs("usage: osbuilder-agent [--version] [--listen unix:PATH]...\n", stderr);
+    return 2;
+}
+
+static bool parse(int argc, char **argv, struct options *options)
+{
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--listen") != 0 || ++i >= argc || options->count == MOST_ADDRESSES)
+            return false;
+        if (strncmp(argv[i], UNIX, strlen(UNIX)) != 0)
+            return false;
+        options->paths[options->count++] = argv[i] + strlen(UNIX);
+    }
+    return true;
+}
+
+static void set_log_level(void)
+{
+    char word[32];
+    if (guest_word("agent.log", word, sizeof word) && !log_set_level(word))
+        LOG(LOG_WARN, SUBSYSTEM, "agent.log knows no such level", LOG_STRING("level", word));
+}
+
+static void log_start(bool init)
+{
+    char nonce[256];
+    char uptime[48];
+    struct timespec since_boot;
+    guest_word("osbuilder.nonce", nonce, sizeof nonce);
+    clock_gettime(CLOCK_BOOTTIME, &since_boot);
+    snprintf(uptime, sizeof uptime, "%lld.%03ld", (long long)since_boot.tv_sec, since_boot.tv_nsec / 1000000);
+    guest_log_root();
+    LOG(LOG_INFO, SUBSYSTEM, "agent started", LOG_BOOL("init", init), LOG_STRING("nonce", nonce),
+        LOG_RAW("uptime_seconds", uptime));
+}
+
+static bool listen_everywhere(const struct options *options)
+{
+    for (size_t i = 0; i < options->count; i++)
+        if (!server_listen_unix(options->paths[i]))
+            return false;
+    if (options->count > 0)
+        return true;
+    server_watch_ports();
+    server_listen_vsock();
+    return true;
+}
+
+int main(int argc, char **argv)
+{
+    struct options options = {0};
+    bool first = getpid() == 1;
+    if (argc == 2 && strcmp(argv[1], "--version") == 0) {
+        puts("osbuilder-agent " AGENT_VERSION);
+        return 0;
+    }
+    /* The kernel gives init the words of its command line that it does not know itself. */
+    if (!parse(argc, argv, &options) && !first)
+        return usage();
+    bool init = first && options.count == 0;
+    if (init)
+        guest_begin();
+    else
+        prctl(PR_SET_CHILD_SUBREAPER, 1);
+    set_log_level();
+    services_set_init(init);
+    log_start(init);
+    bool able = server_begin() && listen_everywhere(&options);
+    if (able)
+        server_run();
+    LOG(LOG_INFO, SUBSYSTEM, init ? "powering off" : "ending");
+    if (init)
+        guest_power_off();
+    return able ? 0 : 1;
+}

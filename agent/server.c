@@ -1,0 +1,501 @@
+/* Everything is edge-triggered. A virtio-serial port without a host polls as hung up for ever, so level-triggered
+ * waiting would spin; its edges (a host came, a host went, bytes) are enough. In exchange `serve` must go on until the
+ * kernel says EAGAIN, or ask for another turn with `again`.
+ */
+#define _GNU_SOURCE
+#include "server.h"
+
+#include "guest.h"
+#include "log.h"
+#include "ttrpc.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/netlink.h>
+#include <linux/vm_sockets.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#define SUBSYSTEM "server"
+#define PORT_NAME "agent.channel.0"
+#define PORTS "/sys/class/virtio-ports"
+
+enum {
+    VSOCK_PORT = 1024,
+    ENDPOINTS = 40,
+    EVENTS = 16,
+    CHUNK = 64 * 1024,
+    TURNS = 32, /* reads in a row before the others get their turn */
+    /* The kernel hands us a new host's bytes and the news of that host on different ways, so "bytes, but nobody
+     * there" may be true for a moment. After this long it was a host that has gone again. */
+    SETTLE_MS = 10,
+    /* A host that closes a port in the middle of a frame and another one that opens it within the same few
+     * milliseconds look like one host: the kernel tells the state, not its changes. The rest of such a frame would
+     * swallow what the new one says for ever; so a frame on a port may not stop half way for longer than this. */
+    STALL_MS = 1000,
+    GRACE_MS = 50, /* for an answer that was written to be read by the host before the power goes */
+    DRAIN_MS = 2000, /* for a host that does not read its answer at all */
+};
+
+enum kind { FREE, LISTENER, SOCKET, PORT, SIGNALS, UEVENTS };
+
+struct endpoint {
+    enum kind kind;
+    int fd;
+    bool again; /* the kernel may have more for us without another edge */
+    bool ended; /* SOCKET: the host will send no more */
+    bool up; /* PORT: a host is known to be there */
+    int64_t settle_at; /* PORT: see SETTLE_MS; 0: not waiting */
+    int64_t stall_at; /* PORT: see STALL_MS; counts while a frame is half here */
+    struct ttrpc_peer peer;
+};
+
+static struct endpoint endpoints[ENDPOINTS];
+static int epoll = -1;
+static struct endpoint *last_caller; /* whom DestroySandbox was answered to */
+static bool stopping;
+static bool stopped;
+static int64_t stop_at;
+
+static int64_t now_ms(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+static void warn(const char *message)
+{
+    int number = errno;
+    LOG(LOG_WARN, SUBSYSTEM, message, LOG_ERRNO(number));
+}
+
+/* --- endpoints --- */
+
+static struct endpoint *add(enum kind kind, int fd, uint32_t events)
+{
+    for (size_t i = 0; i < ENDPOINTS; i++) {
+        struct endpoint *endpoint = &endpoints[i];
+        if (endpoint->kind != FREE)
+            continue;
+        struct epoll_event event = {.events = events, .data.ptr = endpoint};
+        if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) != 0)
+            return NULL;
+        *endpoint = (struct endpoint){.kind = kind, .fd = fd};
+        return endpoint;
+    }
+    errno = EMFILE;
+    return NULL;
+}
+
+static struct endpoint *add_stream(enum kind kind, int fd)
+{
+    return add(kind, fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET);
+}
+
+static void drop(struct endpoint *endpoint)
+{
+    if (endpoint == last_caller) {
+        last_caller = NULL;
+        stop_at = now_ms(); /* nobody is waiting for the answer any more */
+    }
+    close(endpoint->fd);
+    ttrpc_reset(&endpoint->peer);
+    *endpoint = (struct endpoint){.kind = FREE, .fd = -1};
+}
+
+/* --- streams --- */
+
+/* The host has closed a port: what it left is nobody's, the next one begins afresh. */
+static void hang_up(struct endpoint *port)
+{
+    ttrpc_reset(&port->peer);
+    port->up = false;
+    port->settle_at = 0;
+    LOG(LOG_DEBUG, SUBSYSTEM, "host disconnected");
+    if (port == last_caller)
+        stop_at = now_ms();
+}
+
+static void note_up(struct endpoint *endpoint)
+{
+    endpoint->up = true;
+    endpoint->settle_at = 0;
+}
+
+/* False: the endpoint is gone. */
+static bool flush(struct endpoint *endpoint)
+{
+    struct buffer *out = &endpoint->peer.out;
+    while (out->size > 0) {
+        struct span content = buffer_content(out);
+        ssize_t wrote = write(endpoint->fd, content.data, content.size);
+        if (wrote > 0) {
+            buffer_consume(out, (size_t)wrote);
+            note_up(endpoint);
+        } else if (wrote == 0 || errno == EAGAIN) {
+            break;
+        } else if (errno != EINTR) {
+            drop(endpoint);
+            return false;
+        }
+    }
+    return true;
+}
+
+static void nobody_there(struct endpoint *port)
+{
+    if (port->up)
+        hang_up(port);
+    else if (!ttrpc_idle(&port->peer) && port->settle_at == 0)
+        port->settle_at = now_ms() + SETTLE_MS;
+}
+
+/* True: bytes came. False: there are none for now, or the endpoint is gone. */
+static bool fill(struct endpoint *endpoint)
+{
+    struct buffer *in = &endpoint->peer.in;
+    uint8_t *room = buffer_reserve(in, CHUNK);
+    if (room == NULL)
+        return true; /* broken: the next turn sees it */
+    ssize_t got;
+    do
+        got = read(endpoint->fd, room, CHUNK);
+    while (got < 0 && errno == EINTR);
+    if (got > 0) {
+        buffer_commit(in, (size_t)got);
+        endpoint->stall_at = now_ms() + STALL_MS;
+        return true;
+    }
+    if (got == 0 && endpoint->kind == PORT)
+        nobody_there(endpoint);
+    else if (got == 0)
+        endpoint->ended = true;
+    else if (errno == EAGAIN)
+        note_up(endpoint);
+    else
+        drop(endpoint);
+    return endpoint->ended; /* one more turn, to close it */
+}
+
+static void begin_stopping(struct endpoint *caller)
+{
+    stopping = true;
+    last_caller = caller;
+    stop_at = now_ms() + DRAIN_MS;
+}
+
+static void end_broken(struct endpoint *endpoint)
+{
+    LOG(LOG_ERROR, SUBSYSTEM, "no memory for a connection: it is given up");
+    if (endpoint->kind == PORT)
+        hang_up(endpoint);
+    else
+        drop(endpoint);
+}
+
+static void serve(struct endpoint *endpoint)
+{
+    struct ttrpc_peer *peer = &endpoint->peer;
+    endpoint->again = false;
+    for (int turn = 0; turn < TURNS; turn++) {
+        bool more = ttrpc_process(peer);
+        if (ttrpc_broken(peer)) {
+            end_broken(endpoint);
+            return;
+        }
+        if (peer->ending && !stopping)
+            begin_stopping(endpoint);
+        if (!flush(endpoint))
+            return;
+        if (endpoint == last_caller && peer->out.size == 0 && stop_at > now_ms() + GRACE_MS)
+            stop_at = now_ms() + GRACE_MS;
+        if (ttrpc_congested(peer) || (endpoint->ended && peer->out.size > 0))
+            return; /* the edge of EPOLLOUT brings us back */
+        if (more)
+            continue;
+        if (endpoint->ended) {
+            drop(endpoint);
+            return;
+        }
+        if (!fill(endpoint))
+            return;
+    }
+    endpoint->again = true;
+}
+
+static void settle(struct endpoint *port)
+{
+    struct pollfd state = {.fd = port->fd};
+    port->settle_at = 0;
+    if (poll(&state, 1, 0) == 1 && (state.revents & POLLHUP) != 0)
+        hang_up(port);
+}
+
+static bool half_way(const struct endpoint *endpoint)
+{
+    const struct ttrpc_peer *peer = &endpoint->peer;
+    return endpoint->kind == PORT && ttrpc_half_way(peer) && !ttrpc_congested(peer);
+}
+
+static void give_up_frame(struct endpoint *port)
+{
+    LOG(LOG_WARN, SUBSYSTEM, "half a frame was left over: dropped");
+    ttrpc_forget(&port->peer);
+}
+
+/* --- listeners --- */
+
+static bool listening(int fd, const char *address)
+{
+    if (listen(fd, SOMAXCONN) != 0 || add(LISTENER, fd, EPOLLIN | EPOLLET) == NULL) {
+        warn("cannot listen");
+        close(fd);
+        return false;
+    }
+    LOG(LOG_INFO, SUBSYSTEM, "listening", LOG_STRING("address", address));
+    return true;
+}
+
+static void accept_all(const struct endpoint *listener)
+{
+    for (;;) {
+        int fd = accept4(listener->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        if (fd < 0 && (errno == EINTR || errno == ECONNABORTED))
+            continue;
+        if (fd < 0) {
+            if (errno != EAGAIN)
+                warn("cannot accept a connection");
+            return;
+        }
+        if (add_stream(SOCKET, fd) == NULL) {
+            warn("a connection too many");
+            close(fd);
+        }
+    }
+}
+
+bool server_listen_unix(const char *path)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    char text[sizeof address.sun_path + 8];
+    if (strlen(path) >= sizeof address.sun_path) {
+        errno = ENAMETOOLONG;
+        warn("cannot listen");
+        return false;
+    }
+    memcpy(address.sun_path, path, strlen(path) + 1);
+    snprintf(text, sizeof text, "unix:%s", path);
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0 || bind(fd, (const struct sockaddr *)&address, sizeof address) != 0) {
+        warn("cannot listen");
+        if (fd >= 0)
+            close(fd);
+        return false;
+    }
+    return listening(fd, text);
+}
+
+bool server_listen_vsock(void)
+{
+    struct sockaddr_vm address = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = VSOCK_PORT};
+    int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0 || bind(fd, (const struct sockaddr *)&address, sizeof address) != 0) {
+        int number = errno;
+        LOG(LOG_INFO, SUBSYSTEM, "no vsock", LOG_ERRNO(number));
+        if (fd >= 0)
+            close(fd);
+        return false;
+    }
+    return listening(fd, "vsock://-1:1024");
+}
+
+/* --- the virtio-serial port --- */
+
+static bool has_our_name(const char *device)
+{
+    char path[320];
+    char name[sizeof PORT_NAME + 1] = {0};
+    snprintf(path, sizeof path, PORTS "/%s/name", device);
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0)
+        return false;
+    ssize_t size = read(file, name, sizeof name - 1);
+    close(file);
+    return size > 0 && (strcmp(name, PORT_NAME) == 0 || strcmp(name, PORT_NAME "\n") == 0);
+}
+
+static void open_port(const char *device)
+{
+    char path[320];
+    char text[400];
+    snprintf(path, sizeof path, "/dev/%s", device);
+    int fd = open(path, O_RDWR | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+    if (fd < 0 || add_stream(PORT, fd) == NULL) {
+        warn("cannot open the port " PORT_NAME);
+        if (fd >= 0)
+            close(fd);
+        return;
+    }
+    snprintf(text, sizeof text, "virtio-serial:%s", path);
+    LOG(LOG_INFO, SUBSYSTEM, "listening", LOG_STRING("address", text));
+}
+
+static bool have_port(void)
+{
+    for (size_t i = 0; i < ENDPOINTS; i++)
+        if (endpoints[i].kind == PORT)
+            return true;
+    return false;
+}
+
+static void look_for_port(void)
+{
+    if (have_port())
+        return;
+    DIR *ports = opendir(PORTS);
+    if (ports == NULL)
+        return;
+    for (const struct dirent *entry; !have_port() && (entry = readdir(ports)) != NULL;)
+        if (entry->d_name[0] != '.' && has_our_name(entry->d_name))
+            open_port(entry->d_name);
+    closedir(ports);
+}
+
+/* A port gets its name some time after its driver started, and may be plugged in hours later: the kernel tells. */
+void server_watch_ports(void)
+{
+    struct sockaddr_nl address = {.nl_family = AF_NETLINK, .nl_groups = 1};
+    int fd = socket(AF_NETLINK, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, NETLINK_KOBJECT_UEVENT);
+    if (fd < 0 || bind(fd, (const struct sockaddr *)&address, sizeof address) != 0 ||
+        add(UEVENTS, fd, EPOLLIN) == NULL) {
+        warn("cannot hear of new devices");
+        if (fd >= 0)
+            close(fd);
+    }
+    look_for_port();
+}
+
+static void read_uevents(const struct endpoint *endpoint)
+{
+    char event[4096];
+    /* ENOBUFS: some were lost. Whatever they said, we look. */
+    while (recv(endpoint->fd, event, sizeof event, 0) >= 0 || errno == ENOBUFS || errno == EINTR)
+        ;
+    look_for_port();
+}
+
+/* --- signals and the loop --- */
+
+bool server_begin(void)
+{
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGCHLD);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGINT);
+    signal(SIGPIPE, SIG_IGN);
+    epoll = epoll_create1(EPOLL_CLOEXEC);
+    if (epoll < 0 || sigprocmask(SIG_BLOCK, &signals, NULL) != 0) {
+        warn("cannot begin");
+        return false;
+    }
+    int fd = signalfd(-1, &signals, SFD_NONBLOCK | SFD_CLOEXEC);
+    if (fd < 0 || add(SIGNALS, fd, EPOLLIN) == NULL) {
+        warn("cannot hear signals");
+        return false;
+    }
+    return true;
+}
+
+static void read_signals(const struct endpoint *endpoint)
+{
+    struct signalfd_siginfo info;
+    while (read(endpoint->fd, &info, sizeof info) == sizeof info)
+        if (info.ssi_signo != SIGCHLD && getpid() != 1)
+            stopped = true;
+    guest_reap();
+}
+
+static void dispatch(struct endpoint *endpoint)
+{
+    switch (endpoint->kind) {
+    case LISTENER:
+        accept_all(endpoint);
+        break;
+    case SOCKET:
+    case PORT:
+        serve(endpoint);
+        break;
+    case SIGNALS:
+        read_signals(endpoint);
+        break;
+    case UEVENTS:
+        read_uevents(endpoint);
+        break;
+    case FREE: /* dropped earlier in the same batch of events */
+        break;
+    }
+}
+
+static void earliest(int64_t *next, int64_t when)
+{
+    if (when < *next)
+        *next = when;
+}
+
+/* Milliseconds until something is due; -1: nothing is. */
+static int due(void)
+{
+    int64_t next = INT64_MAX;
+    if (stopping)
+        earliest(&next, stop_at);
+    for (size_t i = 0; i < ENDPOINTS; i++) {
+        const struct endpoint *endpoint = &endpoints[i];
+        if (endpoint->again)
+            return 0;
+        if (endpoint->settle_at != 0)
+            earliest(&next, endpoint->settle_at);
+        if (half_way(endpoint))
+            earliest(&next, endpoint->stall_at);
+    }
+    if (next == INT64_MAX)
+        return -1;
+    int64_t wait = next - now_ms();
+    return wait <= 0 ? 0 : wait > DRAIN_MS ? DRAIN_MS : (int)wait;
+}
+
+static void do_what_is_due(void)
+{
+    for (size_t i = 0; i < ENDPOINTS; i++) {
+        struct endpoint *endpoint = &endpoints[i];
+        if (endpoint->again)
+            dispatch(endpoint);
+        if (endpoint->settle_at != 0 && endpoint->settle_at <= now_ms())
+            settle(endpoint);
+        if (half_way(endpoint) && endpoint->stall_at <= now_ms())
+            give_up_frame(endpoint);
+    }
+    if (stopping && stop_at <= now_ms())
+        stopped = true;
+}
+
+void server_run(void)
+{
+    while (!stopped) {
+        struct epoll_event events[EVENTS];
+        int count = epoll_wait(epoll, events, EVENTS, due());
+        for (int i = 0; i < count; i++)
+            dispatch(events[i].data.ptr);
+        do_what_is_due();
+    }
+}

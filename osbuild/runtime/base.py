@@ -1,0 +1,68 @@
+"""What a runtime takes and gives: a machine to be, and a guest that is."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+from osbuild.artifacts import DiskImage, Initrd, Kernel
+from osbuild.runtime.accel import Accel
+
+CONSOLE: Final = "console.log"  # in the work directory: what the guest wrote to its first serial port
+LOG: Final = "vmm.log"  # in the work directory: what the VMM itself had to say
+
+
+def make_nonce() -> str:
+    """What tells this run's guest from any other's: it goes on the kernel command line, and comes back in the log."""
+    return secrets.token_hex(8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What to boot, and how large; nothing of how a VMM spells it."""
+
+    kernel: Kernel
+    root: DiskImage | Initrd
+    memory_mib: int = 256
+    cpus: int = 1
+    accel: str = "auto"  # or "kvm" or "tcg"
+    words: tuple[str, ...] = ()  # the user's kernel arguments, after all of ours
+    nonce: str = field(default_factory=make_nonce)
+
+    @property
+    def arch(self) -> str:
+        """A name of arch.ARCHES."""
+        return self.kernel.arch
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files a guest reads, which it must not have changed afterwards."""
+        return (self.kernel.vmlinux.path, self.kernel.vmlinuz.path, self.root.file.path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guest:
+    """A VMM that was started. Whether a guest lives in it only the agent can say."""
+
+    process: subprocess.Popen[bytes]
+    console: Path
+    log: Path
+    agent: Path  # a unix socket; what the agent reads from its serial channel is written here
+    command: tuple[str, ...]
+    accel: Accel
+    started: float  # time.monotonic()
+
+
+class Runtime(Protocol):
+    """A VMM. A module with this function and a row in RUNTIMES is one."""
+
+    def start(self, machine: Machine, work: Path) -> AbstractContextManager[Guest]:
+        """Start the machine; at the end of the block nothing of it is left but the files in `work`.
+
+        HostError when this host cannot; a guest that fails is not an error.
+        """
+        ...

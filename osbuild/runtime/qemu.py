@@ -1,0 +1,199 @@
+"""QEMU: q35 with the image as an NVDIMM (or a disk), microvm with an initramfs.
+
+serial port 1       -> work/console.log
+QEMU's own words    -> work/qemu.log
+agent.channel.0    <-> a unix socket in a private directory with a short name
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from osbuild import command
+from osbuild.arch import MIB, Arch, find_arch
+from osbuild.artifacts import DiskImage, File, Initrd
+from osbuild.cache import Cache, default_cache
+from osbuild.errors import CommandError, HostError, InputError, SpecError
+from osbuild.runtime import accel
+from osbuild.runtime.base import CONSOLE, Guest, Machine
+
+LOG: Final = "qemu.log"
+CHANNEL: Final = "agent.channel.0"  # the serial port's name, as agents of Kata 1.x and ours look for it
+
+_SUN_PATH: Final = 108  # bytes for a unix socket's path and its NUL: unix(7)
+_SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+_CPUS: Final[Mapping[str, str]] = {"kvm": "host", "tcg": "max"}
+
+# Not here, because it was measured to make no difference under TCG: quiet, noreplace-smp, mitigations=off, tsc=reliable,
+# no_timer_check, rcupdate.rcu_expedited=1, i8042.*, cryptomgr.notests, random.trust_cpu=on, pci=lastbus=0, lpj=. A console
+# that says everything costs some 20 ms, and is what autopsy reads.
+_WORDS: Final = (
+    "panic=-1",  # restart at once …
+    "reboot=t",  # … by a triple fault, which every machine has, and which -no-reboot makes the end of QEMU
+    "cgroup_no_v1=all",  # Kata's agent as PID 1 gives up on kernels without version 1, unless told
+)
+# Calibrating the local timer takes 0.1 s on q35 and 0.25 s on microvm, and fails on busy hosts, where TCG's clock jumps.
+# One processor does well with the other timers.
+_TCG_WORDS: Final = ("nolapic_timer",)
+
+
+@contextlib.contextmanager
+def start(machine: Machine, work: Path) -> Iterator[Guest]:
+    """Start QEMU as `machine`; the console and QEMU's log are in `work`, and stay there."""
+    arch = find_arch(machine.arch)
+    refuse_what_cannot_boot(machine)
+    qemu = Path(command.find(arch.qemu, package="qemu-system-x86"))
+    chosen = accel.choose(machine.accel, arch, qemu, cache=_cache())
+    work.mkdir(parents=True, exist_ok=True)
+    console, log = (work / CONSOLE).absolute(), (work / LOG).absolute()
+    for output in (console, log):
+        output.write_bytes(b"")
+    with _run_directory() as run:
+        agent = run / "agent.sock"
+        options = arguments(machine, console=console, agent=agent, accel=chosen.name, sandbox=_has_seccomp(qemu))
+        argv = (str(qemu), *options)
+        began = time.monotonic()
+        with command.start(*argv, cwd=run, log=log) as process:
+            yield Guest(
+                process=process, console=console, log=log, agent=agent, command=argv, accel=chosen, started=began
+            )
+
+
+def arguments(machine: Machine, *, console: Path, agent: Path, accel: str, sandbox: bool = True) -> tuple[str, ...]:
+    """QEMU's command line but for its name, decided without a look at the host."""
+    arch = find_arch(machine.arch)
+    if arch.name != "x86_64":
+        raise SpecError(f"QEMU guests of {arch.name} are not there yet", hint="boot x86_64")
+    micro = isinstance(machine.root, Initrd)
+    bus = "device" if micro else "pci"
+    return (
+        *_board(machine, arch),
+        "-accel", accel,
+        "-cpu", _CPUS[accel],
+        "-smp", str(machine.cpus),
+        "-kernel", str(machine.kernel.vmlinux.path),
+        "-append", " ".join(words(machine, accel=accel)),
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display", "none",
+        *(("-sandbox", _SANDBOX) if sandbox else ()),
+        "-chardev", f"file,id=console,path={_value(console)}",
+        "-serial", "chardev:console",
+        "-object", "rng-random,id=entropy,filename=/dev/urandom",
+        "-device", f"virtio-rng-{bus},rng=entropy",
+        "-chardev", f"socket,id=agent,path={_value(agent)},server=on,wait=off",
+        "-device", f"virtio-serial-{bus}",
+        "-device", f"virtserialport,chardev=agent,name={CHANNEL}",
+    )  # fmt: skip
+
+
+def words(machine: Machine, *, accel: str) -> tuple[str, ...]:
+    """The kernel's command line: ours, those that find the root, and the user's last, since the later of two wins."""
+    return (
+        f"console={find_arch(machine.arch).console}",
+        *_WORDS,
+        *(_TCG_WORDS if accel == "tcg" and machine.cpus == 1 else ()),
+        *machine.root.words,
+        f"osbuilder.nonce={machine.nonce}",
+        *machine.words,
+    )
+
+
+def refuse_what_cannot_boot(machine: Machine) -> None:
+    """What no guest is needed for to know."""
+    for path in machine.inputs:
+        if not path.is_file():
+            raise InputError(f"there is no file {path}")
+    if machine.cpus < 1 or machine.memory_mib < 1:
+        raise SpecError(f"a guest of {machine.cpus} processors and {machine.memory_mib} MiB cannot be")
+    if isinstance(machine.root, Initrd):
+        needed = _initrd_memory(machine.root, machine.kernel.vmlinux)
+        if needed > machine.memory_mib * MIB:
+            raise SpecError(
+                f"the initramfs unpacks to {machine.root.unpacked // MIB} MiB, too much for {machine.memory_mib} MiB",
+                hint=f"give the guest at least {needed // MIB + 1} MiB of memory",
+            )
+
+
+def _initrd_memory(initrd: Initrd, kernel: File) -> int:
+    # Both copies are there while it unpacks; and the tmpfs it goes to takes at most half of the memory.
+    return max(2 * initrd.unpacked, initrd.unpacked + initrd.file.size + kernel.size)
+
+
+def _board(machine: Machine, arch: Arch) -> tuple[str, ...]:
+    memory = f"{machine.memory_mib}M"
+    match machine.root:
+        case Initrd(file=file):
+            return (
+                # With ACPI, microvm has no timer but the TSC, whose calibration fails on busy hosts: half of the boots hung.
+                # Without, a guest can restart (and so end QEMU) or halt, but not switch off.
+                "-machine", "microvm,acpi=off,auto-kernel-cmdline=on",
+                "-m", memory,
+                "-initrd", str(file.path),
+            )  # fmt: skip
+        case DiskImage(dax=True, file=file):
+            # A guest that can write a shared image owns every guest: CVE-2026-24834.
+            return (
+                "-machine", f"{arch.qemu_machine},nvdimm=on",
+                "-m", f"{memory},slots=1,maxmem={machine.memory_mib + _mib(file.size)}M",
+                "-object",
+                f"memory-backend-file,id=root,mem-path={_value(file.path)},size={file.size},share=on,readonly=on",
+                "-device", "nvdimm,memdev=root,unarmed=on",
+            )  # fmt: skip
+        case DiskImage(file=file):
+            return (
+                "-machine", arch.qemu_machine,
+                "-m", memory,
+                "-drive", f"if=none,id=root,file={_value(file.path)},format=raw,readonly=on",
+                "-device", "virtio-blk-pci,drive=root",
+            )  # fmt: skip
+
+
+def _mib(size: int) -> int:
+    return -(-size // MIB)
+
+
+def _value(path: Path) -> str:
+    """A path inside an option with commas: QEMU takes two of them for one."""
+    return str(path).replace(",", ",,")
+
+
+@contextlib.contextmanager
+def _run_directory() -> Iterator[Path]:
+    """A directory for this run's sockets: nobody else's, and short, wherever the results go."""
+    for parent in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108
+        if parent and os.access(parent, os.W_OK | os.X_OK) and len(os.fsencode(parent)) < _SUN_PATH - 40:
+            break
+    else:
+        raise HostError("no directory can be written that is short enough for a socket", hint="set TMPDIR to one")
+    run = Path(tempfile.mkdtemp(prefix="osbuilder-", dir=parent))
+    try:
+        yield run
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+
+
+@functools.cache
+def _has_seccomp(qemu: Path) -> bool:
+    """Whether this QEMU was built with what -sandbox needs; it says so before it does anything else."""
+    try:
+        command.run(str(qemu), "-sandbox", "on", "-version", seconds=10)
+    except CommandError:
+        return False
+    return True
+
+
+def _cache() -> Cache | None:
+    try:
+        return default_cache()
+    except HostError:
+        return None  # only costs a measurement of the accelerator each time

@@ -1,0 +1,502 @@
+"""Boot it, ask its agent, and say what came of it. Only an answer of the agent's counts as success.
+
+main thread   starts the VMM, asks the agent, one check after the other, until the deadline
+watcher       reads the console as it grows: events for the timeline, the agent's log lines, panics. It ends a VMM
+              that outlives a panic; then the channel closes, and the main thread need not wait for its deadline
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from osbuild import autopsy, ttrpc
+from osbuild.agent_client import AgentClient
+from osbuild.artifacts import DiskImage, Initrd
+from osbuild.errors import SpecError
+from osbuild.report import Cause, Check, Event, SmokeReport, Verdict, printable, tail
+from osbuild.runtime import RUNTIMES
+from osbuild.runtime.base import Guest, Machine
+
+SECONDS: Final = 60.0
+CONSOLE_LIMIT: Final = 64 << 20  # bytes; a guest that writes more is ended before it fills the host's disk
+
+_POLL_SECONDS: Final = 0.005
+_PANIC_GRACE_SECONDS: Final = 0.3  # for the trace that follows the line, when the VMM does not end by itself
+_LINE_SECONDS: Final = 2.0  # a line written before the agent answered is on the console soon after
+_POWEROFF_SECONDS: Final = 10.0
+_CALL_SECONDS: Final = 10.0  # for an agent that answered before
+_LOG_BYTES: Final = 64 * 1024
+
+OnEvent = Callable[[Event], None]
+
+
+class Wrong(Exception):  # noqa: N818 - a finding, not an error
+    """A check saw something other than it should."""
+
+
+class Unclear(Exception):  # noqa: N818 - nor is this
+    """A check could not see."""
+
+
+def run(
+    machine: Machine,
+    work: Path,
+    *,
+    name: str = "boot",
+    vmm: str = "qemu",
+    seconds: float = SECONDS,
+    on_event: OnEvent | None = None,
+) -> SmokeReport:
+    """Boot `machine` once and look at everything in CHECKS; its console and logs stay in `work`."""
+    if vmm not in RUNTIMES:
+        raise SpecError(f"no VMM {vmm!r}", hint=f"one of {', '.join(RUNTIMES)}")
+    before = _stamps(machine)
+    with RUNTIMES[vmm].start(machine, work) as guest, Watcher(guest, on_event) as watcher:
+        session = Session(machine=machine, guest=guest, watcher=watcher, deadline=guest.started + seconds)
+        checks = session.go_through(CHECKS)
+        evidence = watcher.finish(answered=checks[0].verdict is Verdict.passed, gone=session.gone)
+    checks.append(_unchanged(before, _stamps(machine)))
+    took = time.monotonic() - guest.started
+    cause = autopsy.explain(evidence) if session.lost else None
+    if cause is not None:
+        checks = [_blame(check, cause) for check in checks]
+    verdict = Verdict.over(check.verdict for check in checks)
+    return SmokeReport(
+        name=name,
+        machine=_facts(machine, vmm),
+        verdict=verdict,
+        reason=_reason(verdict, checks, cause, evidence, seconds),
+        cause=cause,
+        checks=tuple(checks),
+        timeline=watcher.timeline,
+        seconds=took,
+        accel=guest.accel,
+        command=guest.command,
+        console=guest.console,
+        log=guest.log,
+    )
+
+
+# --- Checks ---------------------------------------------------------------------------------------------------------
+
+
+class Session:
+    """One guest, being asked."""
+
+    def __init__(self, *, machine: Machine, guest: Guest, watcher: Watcher, deadline: float) -> None:
+        self.machine = machine
+        self.guest = guest
+        self.watcher = watcher
+        self.deadline = deadline
+        self.lost = False  # the guest fell silent or went away: the console knows more than the check does
+        self.gone = False  # it went away
+        self._client: AgentClient | None = None
+        self._connections = contextlib.ExitStack()
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline, and a little more than none after it."""
+        return max(self.deadline - time.monotonic(), 0.01)
+
+    @property
+    def client(self) -> AgentClient:
+        """The agent; Unclear or Wrong while there is nobody to connect to."""
+        if self._client is None:
+            self._wait_for_channel()
+            connection = ttrpc.connect_unix(self.guest.agent, self.left)
+            self._client = AgentClient(self._connections.enter_context(connection))
+        return self._client
+
+    def go_through(self, checks: Mapping[str, CheckFunction]) -> list[Check]:
+        """Every check in order; once the guest is lost the rest is unknown."""
+        with self._connections:
+            return [self._look(name, function) for name, function in checks.items()]
+
+    def _look(self, name: str, function: CheckFunction) -> Check:
+        began = time.monotonic()
+        if self.lost:
+            return Check(name=name, verdict=Verdict.unknown, detail="not reached")
+        try:
+            verdict, detail = Verdict.passed, function(self)
+        except Wrong as problem:
+            verdict, detail = Verdict.failed, str(problem)
+        except Unclear as problem:
+            verdict, detail = Verdict.unknown, str(problem)
+        except ttrpc.CallTimeout as problem:
+            verdict, detail, self.lost = Verdict.unknown, str(problem), True
+        except ttrpc.PeerClosed as problem:
+            verdict, detail, self.lost, self.gone = Verdict.failed, str(problem), True, True
+        except ttrpc.RpcError as problem:
+            verdict, detail = Verdict.failed, str(problem)
+        return Check(name=name, verdict=verdict, detail=printable(detail), seconds=time.monotonic() - began)
+
+    def _wait_for_channel(self) -> None:
+        while not self.guest.agent.exists():
+            if self.guest.process.poll() is not None:
+                raise ttrpc.PeerClosed("the VMM ended before the agent's channel was there")
+            if time.monotonic() > self.deadline:
+                raise ttrpc.CallTimeout("the VMM never made the agent's channel")
+            time.sleep(_POLL_SECONDS)
+
+
+CheckFunction = Callable[[Session], str]  # what was seen; Wrong or Unclear otherwise
+
+
+def agent_answers(session: Session) -> str:
+    session.client.wait(session.left)
+    session.watcher.record("agent answered")
+    return "it serves"
+
+
+def agent_version(session: Session) -> str:
+    version = session.client.version(seconds=min(_CALL_SECONDS, session.left))
+    return f"{version.agent}, interface {version.grpc}"
+
+
+def agent_details(session: Session) -> str:
+    details = session.client.guest_details(seconds=min(_CALL_SECONDS, session.left))
+    if not details.agent.init_daemon:
+        raise Wrong("the agent says that it is not PID 1")
+    return f"PID 1, {details.agent.version}"
+
+
+def root_mounted(session: Session) -> str:
+    fields = session.watcher.message("root mounted", min(_LINE_SECONDS, session.left))
+    if fields is None:
+        raise Unclear("no log line of the agent's on the console says what its root is")
+    return judge_root(session.machine.root, fields)
+
+
+def judge_root(root: DiskImage | Initrd, fields: Mapping[str, Any]) -> str:
+    """What the guest's root is, when it is what was booted; Wrong otherwise."""
+    kind, device = str(fields.get("fstype", "")), str(fields.get("device", ""))
+    options = str(fields.get("options", "")).split(",")
+    said = f"{kind} on {device} ({','.join(options)})"
+    if isinstance(root, Initrd):
+        if kind not in ("rootfs", "tmpfs", "ramfs"):
+            raise Wrong(f"the root is not the initramfs but {said}")
+        return said
+    if kind != root.filesystem:
+        raise Wrong(f"the root is not {root.filesystem} but {said}")
+    if "ro" not in options:
+        raise Wrong(f"the root can be written to: {said}")
+    if root.dax and not {"dax", "dax=always"} & set(options):
+        raise Wrong(f"the root is mounted without DAX: {said}")
+    return said
+
+
+def nonce_agrees(session: Session) -> str:
+    fields = session.watcher.message("agent started", min(_LINE_SECONDS, session.left))
+    if fields is None:
+        raise Unclear("no log line of the agent's on the console says which run it belongs to")
+    if fields.get("nonce") != session.machine.nonce:
+        raise Wrong(f"the agent belongs to another run: its nonce is {fields.get('nonce')!r}")
+    return "this run's"
+
+
+def powers_off(session: Session) -> str:
+    with contextlib.suppress(ttrpc.PeerClosed):  # it may be gone before its answer is
+        session.client.destroy_sandbox(seconds=min(_CALL_SECONDS, session.left))
+    return session.watcher.wait_for_end(_POWEROFF_SECONDS)
+
+
+CHECKS: Final[Mapping[str, CheckFunction]] = {
+    "agent.check": agent_answers,
+    "agent.version": agent_version,
+    "agent.details": agent_details,
+    "root": root_mounted,
+    "nonce": nonce_agrees,
+    "poweroff": powers_off,
+}
+
+
+# --- The watcher ----------------------------------------------------------------------------------------------------
+
+
+_SIGHTS: Final[Mapping[str, re.Pattern[bytes]]] = {
+    "kernel": re.compile(rb"^\[ *(?P<guest>\d+\.\d{6})\] "),
+    "init": re.compile(rb"^\[ *(?P<guest>\d+\.\d{6})\] Run \S+ as init process"),
+    "panic": re.compile(rb"^(?:\[ *(?P<guest>\d+\.\d{6})\] )?.*Kernel panic - not syncing"),
+    # Machines without ACPI cannot be switched off by a guest, only halted.
+    "halted": re.compile(rb"^\[ *(?P<guest>\d+\.\d{6})\] reboot: (?:Power off not available: )?System halted"),
+}
+
+
+class Watcher:
+    """Reads a guest's console while it grows."""
+
+    def __init__(self, guest: Guest, on_event: OnEvent | None = None) -> None:
+        self._guest = guest
+        self._on_event = on_event
+        self._changed = threading.Condition()  # for all of the following
+        self._events: dict[str, Event] = {}
+        self._log = _AgentLog()
+        self._flooded = False
+        self._stopped = False  # we ended the VMM
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="console", daemon=True)
+
+    def __enter__(self) -> Watcher:
+        self.record("vmm started", at=self._guest.started)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def timeline(self) -> tuple[Event, ...]:
+        """What has happened so far, in order."""
+        with self._changed:
+            return tuple(sorted(self._events.values(), key=lambda event: event.seconds))
+
+    def record(self, name: str, *, guest: float | None = None, at: float | None = None) -> None:
+        """Something happens now; only the first time counts."""
+        seconds = (time.monotonic() if at is None else at) - self._guest.started
+        with self._changed:
+            if name in self._events:
+                return
+            event = self._events[name] = Event(name=name, seconds=seconds, guest=guest)
+            self._changed.notify_all()
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def message(self, text: str, seconds: float) -> Mapping[str, Any] | None:
+        """The fields of the agent's log line with that message, waiting for it a little."""
+        with self._changed:
+            self._changed.wait_for(lambda: text in self._log.messages, seconds)
+            return self._log.messages.get(text)
+
+    def wait_for_end(self, seconds: float) -> str:
+        """How the guest ended by itself; Wrong if it did not, or not well."""
+        deadline = time.monotonic() + seconds
+        with _exit_of(self._guest.process) as ended:
+            while not ended(_POLL_SECONDS):
+                if "halted" in self._events:
+                    return "halted: this machine has no power switch"
+                if "panic" in self._events or time.monotonic() > deadline:
+                    break
+        self.record("powered off")
+        status = self._guest.process.poll()
+        self._drain()
+        if "panic" in self._events:
+            raise Wrong("the kernel panicked instead of powering off")
+        if status is None:
+            raise Wrong(f"the guest is still there {seconds:g} s after it was told to power off")
+        if status != 0:
+            raise Wrong(f"the VMM ended with status {status}")
+        return "the VMM ended by itself"
+
+    def finish(self, *, answered: bool, gone: bool) -> autopsy.Evidence:
+        """Stop watching, see everything that was still written, and say what is left of the guest."""
+        with _exit_of(self._guest.process) as ended:
+            ended(2 * _PANIC_GRACE_SECONDS if gone else 0.0)
+        self._drain()
+        status = self._guest.process.poll()
+        return autopsy.Evidence(
+            console=autopsy.console_text(self._guest.console),
+            log=printable(tail(self._guest.log, _LOG_BYTES)),
+            status=status,
+            answered=answered,
+            stopped=self._stopped or status is None,
+            flooded=self._flooded,
+        )
+
+    def _drain(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with self._guest.console.open("rb", buffering=0) as console, _exit_of(self._guest.process) as ended:
+            lines = _Lines()
+            last = False
+            while True:
+                while data := console.read(1 << 20):
+                    self.record("first output")
+                    self._see(lines.feed(data))
+                    if console.tell() > CONSOLE_LIMIT:
+                        self._flooded = True
+                        self._end_vmm()
+                        return
+                if last:
+                    return
+                # One more round of reading after the end.
+                last = self._stop.is_set() or ended(_POLL_SECONDS)
+                panic = self._events.get("panic")
+                if panic and time.monotonic() - self._guest.started - panic.seconds > _PANIC_GRACE_SECONDS:
+                    self._end_vmm()
+
+    def _see(self, lines: list[bytes]) -> None:
+        for line in lines:
+            for name, pattern in _SIGHTS.items():
+                if name not in self._events and (match := pattern.search(line)):
+                    self.record(name, guest=float(match["guest"]) if match["guest"] else None)
+            found = self._log.feed(line)
+            if found is None:
+                continue
+            with self._changed:
+                self._changed.notify_all()
+            if found.get("msg") == "agent started":
+                self.record("agent started", guest=_number(found.get("uptime_seconds")))
+
+    def _end_vmm(self) -> None:
+        if self._guest.process.poll() is None:
+            self._stopped = True
+            self._guest.process.kill()
+
+
+class _Lines:
+    """Bytes in, whole lines out; a line without an end is cut."""
+
+    LONGEST: Final = 16 * 1024
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > self.LONGEST:
+            lines.append(self._rest)
+            self._rest = b""
+        return [line[: self.LONGEST].rstrip(b"\r") for line in lines]
+
+
+class _AgentLog:
+    """The agent's JSON lines, out of everything else on a console.
+
+    The kernel writes into the middle of other people's lines; what follows its time stamp up to the end of the line is
+    taken out, and the next line is the rest of the torn one.
+    """
+
+    _KERNEL: Final = re.compile(rb"\[ *\d+\.\d{6}\] .*$")
+    _MOST: Final = 64  # messages kept; a guest may invent any number
+
+    def __init__(self) -> None:
+        self.messages: dict[str, Mapping[str, Any]] = {}  # Any: JSON
+        self._torn = b""
+
+    def feed(self, line: bytes) -> Mapping[str, Any] | None:
+        """The message that this line is, or completes."""
+        start = line.find(b'{"msg":')
+        if start >= 0:
+            whole, self._torn = line[start:], b""
+        elif self._torn:
+            whole, self._torn = self._torn + line, b""
+        else:
+            return None
+        fields = _parse(whole)
+        if fields is None:
+            kept = self._KERNEL.sub(b"", whole)
+            self._torn = kept if len(kept) < _Lines.LONGEST and kept != whole else b""
+            return None
+        if len(self.messages) < self._MOST:
+            self.messages.setdefault(str(fields["msg"]), fields)
+        return fields
+
+
+def _parse(text: bytes) -> Mapping[str, Any] | None:
+    try:
+        fields, _ = json.JSONDecoder().raw_decode(text.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+@contextlib.contextmanager
+def _exit_of(process: subprocess.Popen[bytes]) -> Iterator[Callable[[float], bool]]:
+    """A function that waits so many seconds for the process to end, and says whether it has."""
+    if process.poll() is not None:
+        yield lambda _: True
+        return
+    descriptor = os.pidfd_open(process.pid)
+    try:
+        yield lambda seconds: bool(select.select([descriptor], [], [], seconds)[0])
+    finally:
+        os.close(descriptor)
+
+
+# --- What it comes to -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Stamp:
+    """Changes with every write to a file, through mmap too."""
+
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+def _stamps(machine: Machine) -> dict[Path, _Stamp]:
+    stamps = {}
+    for path in machine.inputs:
+        with contextlib.suppress(OSError):  # the runtime says it better
+            found = path.stat()
+            stamps[path] = _Stamp(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return stamps
+
+
+def _unchanged(before: Mapping[Path, _Stamp], after: Mapping[Path, _Stamp]) -> Check:
+    changed = sorted(str(path) for path in before if before[path] != after.get(path))
+    if changed:
+        return Check(name="files", verdict=Verdict.failed, detail=f"changed during the run: {', '.join(changed)}")
+    return Check(name="files", verdict=Verdict.passed, detail="not changed by the run")
+
+
+# The VMM was ended from outside: nothing the guest did.
+_NOT_THE_GUEST: Final = frozenset({"vmm-killed"})
+
+
+def _blame(check: Check, cause: Cause) -> Check:
+    """The check that lost the guest says why, once the console has said it."""
+    if check.verdict is Verdict.passed or check.detail == "not reached":
+        return check
+    verdict = check.verdict
+    if cause.name in _NOT_THE_GUEST:
+        verdict = Verdict.unknown
+    elif cause.certain:
+        verdict = Verdict.failed
+    detail = cause.sentence if cause.certain else f"{check.detail}; {cause.sentence}"
+    return Check(name=check.name, verdict=verdict, detail=detail, seconds=check.seconds)
+
+
+def _reason(
+    verdict: Verdict, checks: list[Check], cause: Cause | None, evidence: autopsy.Evidence, seconds: float
+) -> str:
+    if verdict is Verdict.passed:
+        return "the agent answered, and everything it said was right"
+    if cause is not None and not cause.certain and not evidence.answered:
+        return f"no answer from the agent (seen: {evidence.phase}, deadline {seconds:g} s): {cause.sentence}"
+    worst = next((check for check in checks if check.verdict is verdict), checks[0])
+    return f"{worst.name}: {worst.detail}"
+
+
+def _facts(machine: Machine, vmm: str) -> dict[str, str | int]:
+    root = machine.root
+    return {
+        "vmm": vmm,
+        "arch": machine.arch,
+        "kernel": machine.kernel.release,
+        "root": str(root.file.path),
+        "root_kind": "initramfs" if isinstance(root, Initrd) else f"{root.filesystem}{' with DAX' if root.dax else ''}",
+        "memory_mib": machine.memory_mib,
+        "cpus": machine.cpus,
+        "nonce": machine.nonce,
+    }

@@ -1,0 +1,10 @@
+#ifdef CONFIG_BROKEN
+#error this toy is broken
+#endif
+
+const char banner[] __attribute__((used)) = "toy " BUILD_USER " " BUILD_TIME;
+const char where[] __attribute__((used)) = __FILE__;
+
+void _start(void)
+{
+}
