@@ -107,8 +107,8 @@ def print_table(
             for column, cell in zip(columns, row, strict=True)
         ]
         table.add_row(*cells)
-    console = Console(highlight=False, markup=False)
-    console.print(table, width=None if console.is_terminal else _WIDTH_OF_PIPES, crop=False)
+    width = None if sys.stdout.isatty() else _WIDTH_OF_PIPES
+    Console(highlight=False, markup=False, width=width).print(table)
 
 
 def print_error(error: OsbuilderError, tail: str = "") -> None:

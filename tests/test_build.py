@@ -1,0 +1,202 @@
+"""The whole line, on real images: from a layout to guests that boot and answer, as root and as nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from osbuild.cache import default_cache
+from tests.test_cli import OSBUILDER, one_line, run
+
+ROOT = Path(__file__).parent.parent
+
+NOBODY = (
+    "setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--no-new-privs", "--inh-caps=-all",
+    "--bounding-set=-all",
+)  # fmt: skip
+
+pytestmark = pytest.mark.boot
+
+
+@pytest.fixture(scope="session")
+def busybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny image that scripts/base-image makes."""
+    if not Path("/usr/bin/busybox").exists():
+        pytest.skip("busybox-static is not installed")
+    out = tmp_path_factory.mktemp("images") / "busybox"
+    environment = os.environ | {"DOCKER_HOST": "unix:///nonexistent"}
+    subprocess.run([str(ROOT / "scripts/base-image"), "busybox", str(out)], check=True, env=environment)
+    return out
+
+
+@pytest.fixture(scope="session")
+def built(busybox: Path, kernel: object, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """One build of it, with both boots: the directory, and what --json said."""
+    out = tmp_path_factory.mktemp("build") / "out"
+    done = run("build", f"oci:{busybox}", "-o", str(out), "--json", "--quiet")
+    assert done.returncode == 0, done.stderr + done.stdout
+    return out, json.loads(done.stdout)
+
+
+def test_both_guests_boot_and_their_agents_answer(built: tuple[Path, dict[str, Any]]) -> None:
+    _, told = built
+    assert told["smoke"]["verdict"] == "passed"
+    assert {boot["name"]: boot["verdict"] for boot in told["smoke"]["boots"]} == {"image": "passed", "initrd": "passed"}
+
+
+def test_the_report_says_that_the_root_was_mounted_with_dax(built: tuple[Path, dict[str, Any]]) -> None:
+    report = json.loads((built[0] / "smoke/report.json").read_text())
+    image = next(boot for boot in report["boots"] if boot["name"] == "image")
+    root = next(check for check in image["checks"] if check["name"] == "root")
+    assert "dax" in root["detail"]
+    assert root["verdict"] == "passed"
+    assert (built[0] / "smoke/console.log").stat().st_size > 1000
+    assert (built[0] / "smoke/junit.xml").exists()
+
+
+def test_the_manifest_measures_every_output(built: tuple[Path, dict[str, Any]]) -> None:
+    import hashlib
+
+    manifest = json.loads((built[0] / "manifest.json").read_text())
+    assert set(manifest["outputs"]) == {"vmlinux", "vmlinuz", "config", "rootfs.img", "initrd.img"}
+    for name, said in manifest["outputs"].items():
+        data = (built[0] / name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (said["size"], said["sha256"])
+    assert json.loads((built[0] / "lock.json").read_text())["image"]["layers"]
+
+
+def test_what_was_built_boots_again(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "a dir, with commas"
+    shutil.copytree(built[0], out)
+    done = run("smoke", str(out), "--json", "--quiet")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert json.loads(done.stdout)["verdict"] == "passed"
+
+
+def test_a_file_that_changed_since_is_not_booted(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(built[0], out)
+    with (out / "rootfs.img").open("r+b") as file:
+        file.seek(5 << 20)
+        file.write(b"\xff")
+    done = run("smoke", str(out), "--quiet")
+    assert done.returncode == 3
+    assert "rootfs.img" in one_line(done.stderr)
+
+
+def test_building_again_gives_the_same_bytes_and_compiles_nothing(
+    built: tuple[Path, dict[str, Any]], busybox: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = run("build", f"oci:{busybox}", "-o", str(out), "--no-smoke", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["manifest"] == built[1]["manifest"]
+    assert told["seconds"]["kernel"] < 60
+
+
+def test_a_guest_that_answers_nothing_is_exit_code_7(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(built[0], out)
+    began = time.monotonic()
+    done = run("smoke", str(out), "--timeout", "0.05", "--json", "--quiet")
+    assert done.returncode == 7, done.stdout
+    assert json.loads(done.stdout)["verdict"] == "unknown"
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_build_leaves_no_guest_and_no_proof_behind(
+    number: signal.Signals, built: tuple[Path, dict[str, Any]], busybox: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [*OSBUILDER, "build", f"oci:{busybox}", "-o", str(out)], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not _guests_of(out) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert _guests_of(out), "the guest was never started"
+    process.send_signal(number)
+    status = process.wait(20)
+    assert status == (-number if number == signal.SIGKILL else 128 + number)
+    deadline = time.monotonic() + 5
+    while _guests_of(out) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _guests_of(out)
+    assert not (out / "manifest.json").exists()
+    again = run("build", f"oci:{busybox}", "-o", str(out), "--json", "--quiet")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["manifest"] == built[1]["manifest"]
+
+
+def test_nobody_without_docker_and_kvm_can_do_it_too(
+    built: tuple[Path, dict[str, Any]], busybox: Path, tmp_path: Path
+) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can become nobody; everybody else has just shown it")
+    python = _python_for_nobody()
+    # What a shared, read-only cache holds: the finished kernel and agent.
+    home = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
+    try:
+        for kind in ("kernel", "agent"):
+            source = default_cache().root / "v1" / kind
+            shutil.copytree(source, home / "cache/v1" / kind, ignore=shutil.ignore_patterns("staging-*", "*.bad-*"))
+        shutil.copytree(busybox, home / "image")
+        code = home / "code"
+        for name in ("osbuild", "agent", "kernel-configs", "patches", "templates"):
+            shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(_site_packages(), home / "site", ignore=shutil.ignore_patterns("__pycache__", "*.pth"))
+        subprocess.run(["chown", "-R", "nobody:nogroup", str(home)], check=True)
+        home.chmod(0o755)
+        command = [
+            *NOBODY,
+            "env", "-i", "PATH=/usr/bin:/bin", f"HOME={home}", f"OSBUILDER_CACHE={home}/cache",
+            f"PYTHONPATH={code}:{home}/site", "DOCKER_HOST=unix:///nonexistent", f"TMPDIR={home}",
+            str(python), "-c", "from osbuild.cli import main; main()",
+            "build", f"oci:{home}/image", "-o", f"{home}/out", "--json", "--quiet",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=home)
+        assert done.returncode == 0, done.stderr + done.stdout
+        told = json.loads(done.stdout)
+        assert {boot["verdict"] for boot in told["smoke"]["boots"]} == {"passed"}
+        assert told["manifest"] == built[1]["manifest"], "the same bytes, whoever builds"
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _guests_of(out: Path) -> list[str]:
+    """Command lines of QEMUs that boot what lies in this directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if line.startswith(("/usr/bin/qemu", "qemu")) and str(out) in line:
+                found.append(line)
+    return found
+
+
+def _site_packages() -> Path:
+    return Path(pytest.__file__).parent.parent
+
+
+def _python_for_nobody() -> Path:
+    """An interpreter of our version that an unprivileged user may execute: ours may be in root's home."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for candidate in (Path(sys.executable).resolve(), Path("/usr/bin") / version, Path("/usr/local/bin") / version):
+        tried = subprocess.run([*NOBODY, "env", "-i", str(candidate), "-c", "pass"], capture_output=True, check=False)
+        if tried.returncode == 0:
+            return candidate
+    pytest.skip(f"no {version} that an unprivileged user may run")
