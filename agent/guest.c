@@ -326,9 +326,22 @@ void guest_reap(void)
     }
 }
 
+/* Without ACPI a PC cannot be switched off: Linux would halt, and its VMM would wait for ever. A restart ends what is
+ * run with -no-reboot, and Firecracker, which has no other way. */
+static bool can_power_off(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    return access("/sys/firmware/acpi", F_OK) == 0;
+#else
+    return true;
+#endif
+}
+
 _Noreturn void guest_power_off(void)
 {
     sync();
+    if (!can_power_off())
+        reboot(RB_AUTOBOOT);
     reboot(RB_POWER_OFF);
     reboot((int)RB_HALT_SYSTEM);
     for (;;)

@@ -32,6 +32,7 @@
 enum {
     VSOCK_PORT = 1024,
     ENDPOINTS = 40,
+    CONNECTIONS = 32, /* of them; the others wait with the kernel, and a port always finds room */
     EVENTS = 16,
     CHUNK = 64 * 1024,
     TURNS = 32, /* reads in a row before the others get their turn */
@@ -81,6 +82,14 @@ static void warn(const char *message)
 
 /* --- endpoints --- */
 
+static size_t count(enum kind kind)
+{
+    size_t found = 0;
+    for (size_t i = 0; i < ENDPOINTS; i++)
+        found += endpoints[i].kind == kind;
+    return found;
+}
+
 static struct endpoint *add(enum kind kind, int fd, uint32_t events)
 {
     for (size_t i = 0; i < ENDPOINTS; i++) {
@@ -111,6 +120,9 @@ static void drop(struct endpoint *endpoint)
     close(endpoint->fd);
     ttrpc_reset(&endpoint->peer);
     *endpoint = (struct endpoint){.kind = FREE, .fd = -1};
+    for (size_t i = 0; i < ENDPOINTS; i++)
+        if (endpoints[i].kind == LISTENER)
+            endpoints[i].again = true; /* somebody may have waited for the place */
 }
 
 /* --- streams --- */
@@ -140,7 +152,7 @@ static bool flush(struct endpoint *endpoint)
         struct span content = buffer_content(out);
         ssize_t wrote = write(endpoint->fd, content.data, content.size);
         if (wrote > 0) {
-            buffer_consume(out, (size_t)wrote);
+            ttrpc_written(&endpoint->peer, (size_t)wrote);
             note_up(endpoint);
         } else if (wrote == 0 || errno == EAGAIN) {
             break;
@@ -154,9 +166,16 @@ static bool flush(struct endpoint *endpoint)
 
 static void nobody_there(struct endpoint *port)
 {
+    struct ttrpc_peer *peer = &port->peer;
+    if (port->up && peer->opened) {
+        /* Perhaps the next host's first call has overtaken the news of that host. What came before it was for the
+         * last one. */
+        ttrpc_written(peer, peer->opening);
+        port->up = false;
+    }
     if (port->up)
         hang_up(port);
-    else if (!ttrpc_idle(&port->peer) && port->settle_at == 0)
+    else if (!ttrpc_idle(peer) && port->settle_at == 0)
         port->settle_at = now_ms() + SETTLE_MS;
 }
 
@@ -266,9 +285,10 @@ static bool listening(int fd, const char *address)
     return true;
 }
 
-static void accept_all(const struct endpoint *listener)
+static void accept_all(struct endpoint *listener)
 {
-    for (;;) {
+    listener->again = false;
+    while (count(SOCKET) < CONNECTIONS) {
         int fd = accept4(listener->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (fd < 0 && (errno == EINTR || errno == ECONNABORTED))
             continue;
@@ -278,7 +298,7 @@ static void accept_all(const struct endpoint *listener)
             return;
         }
         if (add_stream(SOCKET, fd) == NULL) {
-            warn("a connection too many");
+            warn("cannot keep a connection");
             close(fd);
         }
     }
@@ -350,22 +370,14 @@ static void open_port(const char *device)
     LOG(LOG_INFO, SUBSYSTEM, "listening", LOG_STRING("address", text));
 }
 
-static bool have_port(void)
-{
-    for (size_t i = 0; i < ENDPOINTS; i++)
-        if (endpoints[i].kind == PORT)
-            return true;
-    return false;
-}
-
 static void look_for_port(void)
 {
-    if (have_port())
+    if (count(PORT) > 0)
         return;
     DIR *ports = opendir(PORTS);
     if (ports == NULL)
         return;
-    for (const struct dirent *entry; !have_port() && (entry = readdir(ports)) != NULL;)
+    for (const struct dirent *entry; count(PORT) == 0 && (entry = readdir(ports)) != NULL;)
         if (entry->d_name[0] != '.' && has_our_name(entry->d_name))
             open_port(entry->d_name);
     closedir(ports);
@@ -493,8 +505,8 @@ void server_run(void)
 {
     while (!stopped) {
         struct epoll_event events[EVENTS];
-        int count = epoll_wait(epoll, events, EVENTS, due());
-        for (int i = 0; i < count; i++)
+        int ready = epoll_wait(epoll, events, EVENTS, due());
+        for (int i = 0; i < ready; i++)
             dispatch(events[i].data.ptr);
         do_what_is_due();
     }

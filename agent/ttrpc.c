@@ -195,6 +195,10 @@ static void ignore(uint32_t stream, uint8_t type)
 static void handle(struct ttrpc_peer *peer, const struct frame *frame)
 {
     struct request request;
+    if (frame->type == TYPE_REQUEST && frame->stream == 1) {
+        peer->opened = true;
+        peer->opening = peer->out.size;
+    }
     if (frame->type != TYPE_REQUEST)
         ignore(frame->stream, frame->type);
     else if (frame->stream % 2 == 0)
@@ -277,6 +281,14 @@ void ttrpc_forget(struct ttrpc_peer *peer)
 {
     buffer_reset(&peer->in);
     peer->discarding = 0;
+}
+
+void ttrpc_written(struct ttrpc_peer *peer, size_t size)
+{
+    buffer_consume(&peer->out, size);
+    if (size > peer->opening)
+        peer->opened = false;
+    peer->opening -= size < peer->opening ? size : peer->opening;
 }
 
 void ttrpc_reset(struct ttrpc_peer *peer)

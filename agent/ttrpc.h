@@ -29,6 +29,8 @@ struct ttrpc_peer {
     uint32_t discarded_stream;
     bool discarded_request;
     bool ending; /* DestroySandbox was answered */
+    bool opened; /* stream 1 was called, with which every client begins, and its answer is not written yet */
+    size_t opening; /* where in `out` that answer begins */
 };
 
 /* A call that a method answers: a status, and with TTRPC_OK the reply, else the reason. */
@@ -67,6 +69,8 @@ bool ttrpc_idle(const struct ttrpc_peer *peer);
 bool ttrpc_half_way(const struct ttrpc_peer *peer);
 /* Drop what has come of such a frame; what waits to be written stays. */
 void ttrpc_forget(struct ttrpc_peer *peer);
+/* So much of `out` has been written. */
+void ttrpc_written(struct ttrpc_peer *peer, size_t size);
 void ttrpc_reset(struct ttrpc_peer *peer);
 
 #endif

@@ -93,7 +93,7 @@ def measure_writers(work: Path, rounds: int) -> list[dict[str, object]]:
 
     def mke2fs() -> None:
         shell(
-            f"rm -f theirs.img; {find('mke2fs')} -q -t ext4 -O ^has_journal -d unpacked theirs.img 300M;"
+            f"rm -f theirs.img; {find('mke2fs')} -q -t ext4 -b 4096 -O ^has_journal -d unpacked theirs.img 300M;"
             " sync theirs.img"
         )
 
