@@ -6,6 +6,7 @@ wins: a panic often follows from something said earlier, so what explains comes 
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import re
 import signal
@@ -41,6 +42,11 @@ class Evidence:
     answered: bool = False  # the agent did, at least once
     stopped: bool = False  # we ended the VMM, so that its status says nothing
     flooded: bool = False  # … because the console would not end
+
+    @property
+    def ended(self) -> bool:
+        """The guest is over, by its own doing."""
+        return "Kernel panic - not syncing" in self.console or (self.status is not None and not self.stopped)
 
     @property
     def phase(self) -> Phase:
@@ -112,8 +118,8 @@ GUEST: Final = (
     ),
     _row(
         "dax-unsupported",
-        r"^.*(?:DAX unsupported by block device|dax: (?:error|needs|unsupported)|[Cc]an't mount with dax|DAX enabled but"
-        r"|DAX unsupported|dax option not supported|device does not support dax"
+        r"^.*(?:DAX unsupported|dax: (?:error|needs|unsupported)|[Cc]an't mount with dax|DAX enabled but"
+        r"|dax option not supported|device does not support dax"
         r"|(?:ext4|EXT4-fs|XFS|erofs).*(?:Unrecognized|[Uu]nknown|unsupported).*\bdax\b).*$",
         "the root was to be mounted with DAX, and its device or kernel cannot",
         "the kernel needs CONFIG_FS_DAX=y, and the image a DAX header and an NVDIMM: `osbuilder inspect` shows it",
@@ -125,32 +131,20 @@ GUEST: Final = (
         "the image must be a multiple of 2 MiB (16 MiB on aarch64)",
     ),
     _row(
-        "verity", r"^.*device-mapper: verity: .*(?:corrupted|mismatch|failed|Invalid).*$|^.*dm-verity device corrupted.*$",
+        "verity",
+        r"^.*(?:device-mapper: verity: .*(?:corrupted|mismatch|failed|Invalid)|dm-verity device corrupted).*$",
         "dm-verity found bytes that are not those that were hashed",
     ),
     _row(
-        "root-filesystem",
-        rf"^.*{_PANIC}VFS: Unable to mount root fs on (?P<device>unknown-block\((?!0,0\))\S+).*$",
-        "the root device is there ({device}), but no filesystem of this kernel can be mounted from it",
-        "rootfstype= and rootflags= must be those of the image, and the kernel must have that filesystem built in",
-    ),
-    _row(
-        "root-missing",
-        rf"^.*(?:{_PANIC}VFS: Unable to mount root fs on (?:\"\"|unknown-block\(0,0\)|\"(?P<device>[^\"]+)\")"
-        r"|VFS: Cannot open root device|Waiting for root device).*$",
-        "there is no root device in the guest",
-        "the kernel must have the driver (NVDIMM: ACPI_NFIT, BLK_DEV_PMEM), the image its partition table, and root= its name",
-    ),
-    _row(
         "initrd-memory",
-        r"^.*(?:[Ii]nitramfs unpacking failed: (?:write error|.*No space)|initrd .*(?:too big|disabling initrd|extends beyond)"
-        r"|Initramfs unpacking failed: Cannot allocate).*$",
+        r"^.*(?:[Ii]nitramfs unpacking failed: (?:write error|Cannot allocate|.*No space)"
+        r"|initrd .*(?:too big|disabling initrd|extends beyond)).*$",
         "the initramfs did not fit in the guest's memory", "give the guest more memory",
     ),
     _row(
         "initrd-compression",
-        r"^.*(?:compression method (?P<method>\w+) not configured|Initramfs unpacking failed: (?:invalid magic|no cpio magic"
-        r"|compression)|Decoding failed|rootfs image is not initramfs \((?P<why>[^)]*)\)).*$",
+        r"^.*(?:compression method \w+ not configured|Decoding failed|rootfs image is not initramfs \("
+        r"|Initramfs unpacking failed: (?:invalid magic|no cpio magic|compression)).*$",
         "the kernel cannot unpack this initramfs",
         "the kernel needs the decompressor (CONFIG_RD_ZSTD=y …), and the file must be a newc cpio archive, whole",
     ),
@@ -159,15 +153,40 @@ GUEST: Final = (
         "the initramfs is damaged",
     ),
     _row(
-        "oom", r"^.*(?:Kernel panic - not syncing: (?:System is deadlocked on memory|Out of memory)|Out of memory: Killed).*$",
+        "mount-options",
+        r"^.*(?:[Uu]nknown (?:parameter|mount option)|Unrecognized mount option|can't mount with data=).*$",
+        "the root filesystem refuses rootflags=", "rootflags= must fit the filesystem in the image",
+    ),
+    _row(
+        "init-missing", r"^.*VFS: Cannot open root device \"\".*$",
+        "the initramfs has no /init that the kernel could start, and there is no root= to look elsewhere",
+        "an initramfs needs an executable /init",
+    ),
+    _row(
+        "root-missing",
+        rf"^.*(?:VFS: Cannot open root device .*unknown-block\(0,0\)"
+        rf"|{_PANIC}VFS: Unable to mount root fs on .*unknown-block\(0,0\)).*$",
+        "there is no root device in the guest",
+        "the kernel needs the driver (NVDIMM: ACPI_NFIT, BLK_DEV_PMEM), the image a partition table, root= the name",
+    ),
+    _row(
+        "root-filesystem",
+        rf"^.*(?:VFS: Cannot open root device|{_PANIC}VFS: Unable to mount root fs on) .*$",
+        "the root device is there, but no filesystem of this kernel can be mounted from it",
+        "rootfstype= and rootflags= must fit the image, and the kernel must have that filesystem built in",
+    ),
+    _row(
+        "oom",
+        r"^.*(?:Kernel panic - not syncing: (?:System is deadlocked on memory|Out of memory)|Out of memory: Killed).*$",
         "the guest ran out of memory", "give the guest more memory",
     ),
     _row(
         "init-not-runnable",
-        r"^.*(?:Failed to execute (?P<init>\S+) \(error (?P<error>-\d+)\)|Starting init: (?P<other>\S+) exists but couldn't"
-        r"|Requested init (?P<wanted>\S+) failed \(error (?P<number>-\d+)\)).*$",
+        r"^.*(?:Failed to execute \S+ \(error -\d+\)|Starting init: \S+ exists but couldn't"
+        r"|Requested init \S+ failed \(error -\d+\)).*$",
         "the kernel could not start init",
-        "error -2: it or its interpreter is missing; -13: not executable; -8: of another architecture",
+        "error -2: it or its interpreter is missing; -13: not executable; -8: not a program of this architecture;"
+        " -26: the initramfs ends in the middle of it",
     ),
     _row(
         "init-missing", rf"^.*{_PANIC}No (?:working )?init found.*$|^.*check access for rdinit=\S+ failed.*$",
@@ -184,7 +203,14 @@ GUEST: Final = (
         "oops", r"^.*(?:BUG: unable to handle|BUG: kernel NULL pointer|general protection fault|Oops: ).*$",
         "the guest's kernel stumbled over a bug (an oops)",
     ),
-    _row("no-vport", r"^.*\"msg\":\"[^\"]*(?:no serial port|agent\.channel\.0)[^\"]*\".*$", "the agent found no channel to listen on"),
+    _row(
+        "restarted", r"^.*reboot: (?:machine restart|Restarting system).*$",
+        "the guest restarted itself", "look at the console's last lines before it for who asked",
+    ),
+    _row(
+        "powered-off", r"^.*reboot: (?:Power down|Power off not available|System halted).*$",
+        "the guest switched itself off", "look at the console's last lines before it for who asked",
+    ),
 )  # fmt: skip
 
 _PHASES: Final[Mapping[Phase, re.Pattern[str]]] = {
@@ -202,7 +228,11 @@ def explain(evidence: Evidence) -> Cause:
         said = _first(VMM, evidence.log)
         if said is not None:
             return said
-    return _first(GUEST, evidence.console) or _by_outcome(evidence)
+    shown = _first(GUEST, evidence.console)
+    if shown is None:
+        return _by_outcome(evidence)
+    # In a guest that still runs, a line that would explain its end is a guess about its silence.
+    return shown if evidence.ended else dataclasses.replace(shown, certain=False)
 
 
 def console_text(path: Path) -> str:
@@ -256,7 +286,8 @@ def _by_status(evidence: Evidence, status: int, line: str) -> Cause:
     if status > 0:
         return Cause(name="vmm-failed", sentence=f"the VMM exited with {status}", line=line)
     if evidence.phase is Phase.nothing:
-        return Cause(name="vmm-exited", sentence="the VMM ended at once, and no guest was seen", line=line)
+        hint = "too little memory for the kernel and the initramfs, or a kernel for another machine, looks like this"
+        return Cause(name="vmm-exited", sentence="the VMM ended before a guest was seen", line=line, hint=hint)
     return Cause(
         name="guest-ended", sentence="the guest restarted or powered off, and its console does not say why", line=line
     )

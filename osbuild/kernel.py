@@ -299,8 +299,8 @@ def _make(build: _Build, *words: str) -> list[str]:
 
 
 def _compile(build: _Build, jobs: int, cache: Cache, show: Progress | None) -> None:
-    # Below the base directory ccache sees relative paths, so that a patched tree shares with the clean one.
-    ccache = {"CCACHE_DIR": str(cache.scratch("ccache")), "CCACHE_BASEDIR": str(cache.root), "CCACHE_MAXSIZE": "2G"}
+    # No CCACHE_BASEDIR: it makes paths relative, where make's -fmacro-prefix-map no longer finds them in __FILE__.
+    ccache = {"CCACHE_DIR": str(cache.scratch("ccache")), "CCACHE_MAXSIZE": "2G"}
     images = ("vmlinux", Path(build.arch.kernel_image).name)
     argv = _make(build, f"-j{jobs or len(os.sched_getaffinity(0))}", *images)
     try:

@@ -91,6 +91,7 @@ class SmokeReport:
     seconds: float
     accel: Accel
     command: tuple[str, ...]
+    agent: Path  # the unix socket that `command` makes
     console: Path
     log: Path
 
@@ -119,7 +120,8 @@ class SmokeReport:
                 lines.append(shlex.quote(word))
             else:
                 lines[-1] += " " + shlex.quote(word)
-        return "#!/bin/sh\n" + " \\\n  ".join(lines) + "\n"
+        make = f"mkdir -p -m 700 {shlex.quote(str(self.agent.parent))}"
+        return f"#!/bin/sh\n{make}\n" + " \\\n  ".join(lines) + "\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,9 +152,9 @@ class Report:
 
     def to_junit(self) -> str:
         """The report for CI: a suite for each boot, a case for each check; what is unknown is an error there."""
-        root = ElementTree.Element("testsuites", name=SCHEMA, **_totals(self.boots))
+        root = ElementTree.Element("testsuites", {"name": SCHEMA} | _totals(self.boots))
         for boot in self.boots:
-            suite = ElementTree.SubElement(root, "testsuite", name=boot.name, **_totals([boot]))
+            suite = ElementTree.SubElement(root, "testsuite", {"name": boot.name} | _totals([boot]))
             for check in boot.checks:
                 _add_case(suite, boot, check)
             ElementTree.SubElement(suite, "system-out").text = printable(tail(boot.console, CONSOLE_IN_JUNIT))

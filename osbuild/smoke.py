@@ -35,6 +35,7 @@ _POLL_SECONDS: Final = 0.005
 _PANIC_GRACE_SECONDS: Final = 0.3  # for the trace that follows the line, when the VMM does not end by itself
 _LINE_SECONDS: Final = 2.0  # a line written before the agent answered is on the console soon after
 _POWEROFF_SECONDS: Final = 10.0
+_CONNECT_SECONDS: Final = 0.2
 _CALL_SECONDS: Final = 10.0  # for an agent that answered before
 _LOG_BYTES: Final = 64 * 1024
 
@@ -83,6 +84,7 @@ def run(
         seconds=took,
         accel=guest.accel,
         command=guest.command,
+        agent=guest.agent,
         console=guest.console,
         log=guest.log,
     )
@@ -111,11 +113,9 @@ class Session:
 
     @property
     def client(self) -> AgentClient:
-        """The agent; Unclear or Wrong while there is nobody to connect to."""
+        """The agent, connected to when first asked for."""
         if self._client is None:
-            self._wait_for_channel()
-            connection = ttrpc.connect_unix(self.guest.agent, self.left)
-            self._client = AgentClient(self._connections.enter_context(connection))
+            self._client = AgentClient(self._connections.enter_context(self._connect()))
         return self._client
 
     def go_through(self, checks: Mapping[str, CheckFunction]) -> list[Check]:
@@ -141,13 +141,17 @@ class Session:
             verdict, detail = Verdict.failed, str(problem)
         return Check(name=name, verdict=verdict, detail=printable(detail), seconds=time.monotonic() - began)
 
-    def _wait_for_channel(self) -> None:
-        while not self.guest.agent.exists():
-            if self.guest.process.poll() is not None:
-                raise ttrpc.PeerClosed("the VMM ended before the agent's channel was there")
+    def _connect(self) -> ttrpc.Connection:
+        while self.guest.process.poll() is None:
+            if not self.guest.agent.exists():
+                time.sleep(_POLL_SECONDS)
+            else:
+                # A VMM that made its channel may die the next moment: look at it from time to time.
+                with contextlib.suppress(ttrpc.CallTimeout):
+                    return ttrpc.connect_unix(self.guest.agent, min(_CONNECT_SECONDS, self.left))
             if time.monotonic() > self.deadline:
-                raise ttrpc.CallTimeout("the VMM never made the agent's channel")
-            time.sleep(_POLL_SECONDS)
+                raise ttrpc.CallTimeout("the VMM has no channel to the agent")
+        raise ttrpc.PeerClosed("the VMM ended before there was a channel to the agent")
 
 
 CheckFunction = Callable[[Session], str]  # what was seen; Wrong or Unclear otherwise

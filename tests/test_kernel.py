@@ -72,6 +72,15 @@ def contents_of(tree: Path) -> dict[str, bytes]:
     return {str(path.relative_to(tree)): path.read_bytes() for path in sorted(tree.rglob("*")) if path.is_file()}
 
 
+def programs_without(name: str, tmp_path: Path) -> Path:
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    for path in sorted(Path("/usr/bin").iterdir()):
+        if path.name != name and path.exists() and path.stat().st_mode & stat.S_IXUSR:
+            (directory / path.name).symlink_to(path)
+    return directory
+
+
 def trees_in(cache: Cache) -> list[Path]:
     return [path for path in cache.scratch("kernel-source").iterdir() if path.is_dir()]
 
@@ -121,6 +130,16 @@ def test_two_caches_get_the_same_bytes(spec: KernelSpec, cache: Cache, tmp_path:
     first = build_kernel(spec, cache)
     second = build_kernel(spec, Cache(root=tmp_path / "elsewhere" / "deeper"))
     assert contents_of(first.vmlinux.path.parent) == contents_of(second.vmlinux.path.parent)
+
+
+@pytest.mark.skipif(shutil.which("ccache") is None, reason="no ccache: apt-get install ccache")
+def test_the_bytes_are_the_same_with_ccache_and_without(
+    spec: KernelSpec, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build_kernel(spec, cache)
+    monkeypatch.setenv("PATH", str(programs_without("ccache", tmp_path)))
+    second = build_kernel(spec, Cache(root=tmp_path / "elsewhere"))
+    assert first.vmlinux.path.read_bytes() == second.vmlinux.path.read_bytes()
 
 
 def test_blanks_in_the_names_of_fragments_do_no_harm(spec: KernelSpec, cache: Cache, tmp_path: Path) -> None:
@@ -251,12 +270,7 @@ def test_every_missing_tool_is_named_at_once_with_the_packages(
 def test_a_compressor_is_needed_only_by_a_kernel_that_asks_for_it(
     spec: KernelSpec, cache: Cache, fragment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = tmp_path / "bin"
-    few.mkdir()
-    for path in sorted(Path("/usr/bin").iterdir()):
-        if path.name != "lz4" and path.exists() and path.stat().st_mode & stat.S_IXUSR:
-            (few / path.name).symlink_to(path)
-    monkeypatch.setenv("PATH", str(few))
+    monkeypatch.setenv("PATH", str(programs_without("lz4", tmp_path)))
     build_kernel(spec, cache)
     add_line(fragment, "CONFIG_KERNEL_LZ4=y")
     with pytest.raises(HostError, match="lz4"):

@@ -91,7 +91,7 @@ def probe(arch: Arch, qemu: Path, *, cache: Cache | None = None, device: Path = 
 def decide(tcg: Count, kvm: Count) -> Accel:
     """KVM, if it counted and did so well before TCG."""
     if kvm.seconds is None:
-        return Accel(name="tcg", reason=f"KVM did not finish what takes TCG {_spell(tcg)}: {kvm.trouble}")
+        return Accel(name="tcg", reason=f"KVM failed at what takes TCG {_spell(tcg)}: {kvm.trouble}")
     if tcg.seconds is None:
         return Accel(name="kvm", reason=f"KVM counted in {_spell(kvm)}, and TCG not at all: {tcg.trouble}")
     if kvm.seconds * ADVANTAGE > tcg.seconds:
@@ -209,7 +209,7 @@ def _remember(memory: Path | None, answer: Accel) -> None:
     with contextlib.suppress(OSError):
         with tempfile.NamedTemporaryFile("w", dir=memory.parent, prefix="new-", delete=False) as file:
             json.dump({"name": answer.name, "reason": answer.reason}, file)
-        os.replace(file.name, memory)
+        Path(file.name).replace(memory)
 
 
 # --- The guest ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import signal
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from osbuild.artifacts import DiskImage, File, Initrd, Kernel
+from osbuild.errors import HostError, InputError, SpecError
+from osbuild.runtime import RUNTIMES, qemu
+from osbuild.runtime.base import Machine
+
+MIB = 1 << 20
+CONSOLE, AGENT = Path("/work/console.log"), Path("/run/agent.sock")
+
+
+def file(path: str, size: int = 1000) -> File:
+    return File(path=Path(path), size=size, sha256="")
+
+
+KERNEL = Kernel(
+    vmlinux=file("/k/vmlinux"), vmlinuz=file("/k/vmlinuz"), config=file("/k/config"), release="6.12", arch="x86_64",
+    key="", cached=True,
+)  # fmt: skip
+WORDS = ("root=/dev/pmem0p1", "rootflags=dax", "ro", "rootfstype=ext4")
+IMAGE = DiskImage(file=file("/o/rootfs.img", 8 * MIB), filesystem="ext4", dax=True, words=WORDS)
+INITRD = Initrd(file=file("/o/initrd.img"), compression="zstd", unpacked=MIB)
+
+
+def machine(root: DiskImage | Initrd = IMAGE, **more: object) -> Machine:
+    made = Machine(kernel=KERNEL, root=root, nonce="n0nce")
+    return dataclasses.replace(made, **more)  # type: ignore[arg-type]
+
+
+def options(root: DiskImage | Initrd = IMAGE, *, accel: str = "tcg", **more: object) -> list[tuple[str, str]]:
+    """The options in order, each with its value or nothing."""
+    argv = [*qemu.arguments(machine(root, **more), console=CONSOLE, agent=AGENT, accel=accel), "-"]
+    pairs = itertools.pairwise(argv)
+    return [(here, "" if after.startswith("-") else after) for here, after in pairs if here.startswith("-")]
+
+
+def value(name: str, pairs: list[tuple[str, str]]) -> str:
+    (found,) = [value for option, value in pairs if option == name]
+    return found
+
+
+def test_a_dax_image_is_never_shared_for_writing() -> None:
+    pairs = options()
+    backend = next(value for _, value in pairs if value.startswith("memory-backend-file"))
+    assert {"share=on", "readonly=on", "mem-path=/o/rootfs.img", f"size={8 * MIB}"} <= set(backend.split(","))
+    assert ("-device", "nvdimm,memdev=root,unarmed=on") in pairs
+
+
+@pytest.mark.parametrize(("size", "most"), [(8 * MIB, 264), (8 * MIB + 1, 265), (128 * MIB, 384)])
+def test_there_is_room_for_the_image_beside_the_memory(size: int, most: int) -> None:
+    pairs = options(dataclasses.replace(IMAGE, file=file("/i", size)))
+    assert value("-m", pairs) == f"256M,slots=1,maxmem={most}M"
+    assert value("-machine", pairs) == "q35,nvdimm=on"
+
+
+def test_an_image_without_a_dax_header_is_a_read_only_disk() -> None:
+    pairs = options(dataclasses.replace(IMAGE, dax=False))
+    assert "readonly=on" in value("-drive", pairs).split(",")
+    assert ("-device", "virtio-blk-pci,drive=root") in pairs
+    assert "nvdimm" not in str(pairs)
+
+
+def test_an_initramfs_boots_on_microvm_with_no_pci_device() -> None:
+    pairs = options(INITRD)
+    assert value("-machine", pairs).startswith("microvm,")
+    assert value("-initrd", pairs) == "/o/initrd.img"
+    assert "pci" not in str(pairs)
+
+
+@pytest.mark.parametrize("root", [IMAGE, INITRD], ids=["image", "initrd"])
+def test_nothing_is_there_that_was_not_asked_for(root: DiskImage | Initrd) -> None:
+    names = [name for name, _ in options(root)]
+    for wanted in ("-nodefaults", "-no-user-config", "-no-reboot", "-sandbox"):
+        assert wanted in names
+    assert not {"-net", "-netdev", "-nic"} & set(names)
+
+
+def test_a_qemu_without_seccomp_gets_no_sandbox() -> None:
+    argv = qemu.arguments(machine(), console=CONSOLE, agent=AGENT, accel="tcg", sandbox=False)
+    assert "-sandbox" not in argv
+
+
+def test_commas_in_paths_are_doubled_where_options_have_commas() -> None:
+    argv = qemu.arguments(
+        machine(dataclasses.replace(IMAGE, file=file("/a,b/c,d.img", MIB))),
+        console=Path("/x,y/console.log"), agent=Path("/r,s/agent.sock"), accel="tcg",
+    )  # fmt: skip
+    text = "\n".join(argv)
+    assert "mem-path=/a,,b/c,,d.img," in text
+    assert "path=/x,,y/console.log" in text
+    assert "path=/r,,s/agent.sock,server=on" in text
+    initrd = dataclasses.replace(INITRD, file=file("/a,b/initrd"))
+    assert "/a,b/initrd" in qemu.arguments(machine(initrd), console=CONSOLE, agent=AGENT, accel="tcg")
+
+
+def test_the_users_words_come_last_and_the_roots_before_them() -> None:
+    words = qemu.words(machine(words=("panic=5", "debug")), accel="tcg")
+    assert words[-2:] == ("panic=5", "debug")
+    assert "osbuilder.nonce=n0nce" in words
+    start = words.index(WORDS[0])
+    assert words[start : start + len(WORDS)] == WORDS
+
+
+def test_an_initramfs_has_no_root_word() -> None:
+    assert not [word for word in qemu.words(machine(INITRD), accel="tcg") if word.startswith("root")]
+
+
+@pytest.mark.parametrize(("accel", "cpus", "there"), [("tcg", 1, True), ("tcg", 2, False), ("kvm", 1, False)])
+def test_only_a_lonely_emulated_processor_does_without_its_timer(accel: str, cpus: int, there: bool) -> None:
+    assert ("nolapic_timer" in qemu.words(machine(cpus=cpus), accel=accel)) is there
+
+
+def test_kvm_gets_the_hosts_processor() -> None:
+    assert value("-cpu", options(accel="kvm")) == "host"
+    assert value("-accel", options(accel="kvm")) == "kvm"
+
+
+def test_another_architecture_is_refused_by_name() -> None:
+    with pytest.raises(SpecError, match="aarch64"):
+        options(kernel=dataclasses.replace(KERNEL, arch="aarch64"))
+
+
+def test_a_missing_file_is_named_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="/k/vmlinux"), qemu.start(machine(), tmp_path):
+        pass
+
+
+def real(tmp_path: Path, root: DiskImage | Initrd) -> Machine:
+    """A machine whose files exist."""
+    for name in ("vmlinux", "vmlinuz", "root"):
+        (tmp_path / name).write_bytes(b"x")
+    kernel = dataclasses.replace(
+        KERNEL, vmlinux=file(str(tmp_path / "vmlinux")), vmlinuz=file(str(tmp_path / "vmlinuz"))
+    )
+    root = dataclasses.replace(root, file=dataclasses.replace(root.file, path=tmp_path / "root"))
+    return machine(root, kernel=kernel, accel="tcg")
+
+
+def test_an_initramfs_that_cannot_fit_is_refused_with_what_it_needs(tmp_path: Path) -> None:
+    wanted = real(tmp_path, dataclasses.replace(INITRD, unpacked=200 * MIB))
+    with pytest.raises(SpecError, match="200 MiB") as caught, qemu.start(wanted, tmp_path):
+        pass
+    assert "401 MiB" in caught.value.hint
+
+
+@pytest.mark.parametrize("more", [{"cpus": 0}, {"memory_mib": 0}, {"cpus": -1}])
+def test_a_guest_of_nothing_is_refused(more: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(SpecError), qemu.start(dataclasses.replace(real(tmp_path, IMAGE), **more), tmp_path):  # type: ignore[arg-type]
+        pass
+
+
+def install_fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    program = programs / "qemu-system-x86_64"
+    program.write_text(f'#!/bin/sh\ncase "$*" in *-version*) exit 0;; esac\n{body}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+
+
+def test_the_run_directory_is_private_and_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_fake(tmp_path, monkeypatch, "exec sleep 60")
+    with qemu.start(real(tmp_path, IMAGE), tmp_path / "work") as guest:
+        run = guest.agent.parent
+        assert stat.S_IMODE(run.stat().st_mode) == 0o700
+        assert len(os.fsencode(guest.agent)) < 108
+    assert not run.exists()
+    assert guest.process.returncode is not None
+
+
+def test_a_long_and_strange_work_directory_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_fake(tmp_path, monkeypatch, "exec sleep 60")
+    work = tmp_path / ("long, and\nstrange " * 10)
+    with qemu.start(real(tmp_path, IMAGE), work) as guest:
+        assert guest.console.parent == work
+        assert len(os.fsencode(guest.agent)) < 108
+
+
+def test_a_runtime_directory_that_is_not_there_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_fake(tmp_path, monkeypatch, "exec sleep 60")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "nothing"))
+    with qemu.start(real(tmp_path, IMAGE), tmp_path / "work") as guest:
+        assert guest.agent.parent.is_dir()
+
+
+def test_a_qemu_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_fake(tmp_path, monkeypatch, "trap '' TERM; touch ready; while :; do sleep 0.1; done")
+    with qemu.start(real(tmp_path, IMAGE), tmp_path / "work") as guest:
+        deadline = time.monotonic() + 10
+        while not (guest.agent.parent / "ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
+    assert guest.process.returncode == -signal.SIGKILL
+
+
+def test_a_missing_qemu_is_named_with_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("osbuild.command.shutil.which", lambda *_, **__: None)
+    with pytest.raises(HostError, match="qemu-system-x86_64") as caught, qemu.start(real(tmp_path, IMAGE), tmp_path):
+        pass
+    assert "apt-get install" in caught.value.hint
+
+
+@pytest.mark.skipif(not Path("/usr/bin/qemu-system-x86_64").exists(), reason="qemu-system-x86 is not installed")
+@pytest.mark.parametrize("root", [IMAGE, INITRD, dataclasses.replace(IMAGE, dax=False)], ids=["dax", "initrd", "disk"])
+def test_this_qemu_takes_every_option(root: DiskImage | Initrd, tmp_path: Path) -> None:
+    """An empty kernel is all that it complains of: options are looked at first."""
+    (tmp_path / "root").write_bytes(bytes(8 * MIB))
+    wanted = real(tmp_path, root)
+    (tmp_path / "root").write_bytes(bytes(8 * MIB))
+    argv = qemu.arguments(wanted, console=tmp_path / "c", agent=tmp_path / "s", accel="tcg")
+    ended = subprocess.run(["/usr/bin/qemu-system-x86_64", *argv], capture_output=True, text=True, timeout=20)
+    assert ended.returncode == 1
+    assert "kernel" in ended.stderr
+    assert "property" not in ended.stderr.lower()
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_every_runtime_can_be_started(name: str) -> None:
+    assert callable(RUNTIMES[name].start)

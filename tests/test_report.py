@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from osbuild.report import Cause, Check, Event, Report, SmokeReport, Verdict, printable
+from osbuild.runtime.accel import Accel
+
+NASTY = b'\x1b[31mred\x1b[0m \x1b]0;title\x07 <&"> \x00\x01\xff ]]> \xc3\xa9\r\n'
+
+
+@pytest.fixture
+def boot(tmp_path: Path) -> SmokeReport:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "console.log").write_bytes(b"[    0.0] Linux\n" + NASTY)
+    (work / "qemu.log").write_bytes(b"")
+    return SmokeReport(
+        name="image",
+        machine={"vmm": "qemu", "memory_mib": 256},
+        verdict=Verdict.passed,
+        reason="it was right",
+        cause=None,
+        checks=(Check(name="agent.check", verdict=Verdict.passed, detail="it serves", seconds=0.5),),
+        timeline=(Event(name="vmm started", seconds=0.0), Event(name="agent started", seconds=0.8, guest=0.51)),
+        seconds=1.25,
+        accel=Accel(name="tcg", reason="there is no /dev/kvm"),
+        command=("/usr/bin/qemu", "-m", "256M", "-nodefaults", "-append", "console=ttyS0 a='b'", "-x", "it's"),
+        agent=Path("/run/x/agent.sock"),
+        console=work / "console.log",
+        log=work / "qemu.log",
+    )
+
+
+def with_verdict(boot: SmokeReport, verdict: Verdict, name: str = "image") -> SmokeReport:
+    cause = Cause(name="panic", sentence="it <panicked> \x1b[1m", line="Kernel panic \x00", hint="do & so")
+    check = Check(name="agent.check", verdict=verdict, detail="no \x07 <answer>")
+    return dataclasses.replace(boot, name=name, verdict=verdict, checks=(check,), cause=cause, reason="it was not")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "over", "code"),
+    [
+        (["passed"], "passed", 0),
+        (["passed", "passed"], "passed", 0),
+        (["passed", "unknown"], "unknown", 7),
+        (["unknown", "failed", "passed"], "failed", 6),
+        ([], "unknown", 7),
+    ],
+)
+def test_one_failure_fails_all_and_nothing_is_no_success(
+    verdicts: list[str], over: str, code: int, boot: SmokeReport
+) -> None:
+    report = Report(boots=tuple(dataclasses.replace(boot, verdict=Verdict(verdict)) for verdict in verdicts))
+    assert report.verdict == over
+    assert report.code == code
+
+
+def test_the_json_names_its_schema_and_holds_everything(boot: SmokeReport) -> None:
+    said = json.loads(Report(boots=(boot, with_verdict(boot, Verdict.failed, "initrd"))).to_json())
+    assert (said["schema"], said["version"], said["verdict"]) == ("osbuilder.smoke", 1, "failed")
+    image, initrd = said["boots"]
+    assert image["accel"] == {"name": "tcg", "reason": "there is no /dev/kvm"}
+    assert image["timeline"][1] == {"name": "agent started", "seconds": 0.8, "guest": 0.51}
+    assert image["command"][0] == "/usr/bin/qemu"
+    assert image["console"] == "image/console.log"
+    assert image["cause"] is None
+    assert initrd["cause"]["name"] == "panic"
+
+
+def test_junit_counts_failures_as_failures_and_silence_as_errors(boot: SmokeReport) -> None:
+    boots = (boot, with_verdict(boot, Verdict.failed, "b"), with_verdict(boot, Verdict.unknown, "c"))
+    root = ElementTree.fromstring(Report(boots=boots).to_junit())
+    assert root.tag == "testsuites"
+    assert (root.get("tests"), root.get("failures"), root.get("errors")) == ("3", "1", "1")
+    suites = root.findall("testsuite")
+    assert [suite.get("name") for suite in suites] == ["image", "b", "c"]
+    assert suites[0].find("testcase/failure") is None
+    failure = suites[1].find("testcase/failure")
+    assert failure is not None
+    assert "<answer>" in (failure.get("message") or "")
+    assert "it <panicked>" in (failure.text or "")
+    assert suites[2].find("testcase/error") is not None
+
+
+def test_junit_carries_the_console_with_nothing_a_parser_refuses(boot: SmokeReport) -> None:
+    text = Report(boots=(boot,)).to_junit()
+    out = ElementTree.fromstring(text).findtext("testsuite/system-out")
+    assert out is not None
+    assert 'red  <&"> \\x00\\x01\ufffd ]]> é' in out
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"plain\ttext\n", "plain\ttext\n"),
+        (b"a\r\nb\rc", "a\nb\nc"),
+        (b"\x1b[1;31mred\x1b[0m", "red"),
+        (b"\x1b]0;owned\x07ok", "ok"),
+        (b"\x1b]8;;http://x\x1b\\link", "link"),
+        (b"\x1bcreset", "reset"),
+        (b"\x00\x07\x7f\x9b", "\\x00\\x07\\x7f\ufffd"),
+        ("\x85\x9b31m\ufffe\udc80".encode("utf-8", "surrogatepass"), "\\x85\\x9b31m\\xfffe\ufffd\ufffd\ufffd"),
+        ("größe €".encode(), "größe €"),
+    ],
+)
+def test_text_from_a_guest_is_made_harmless(data: bytes, text: str) -> None:
+    assert printable(data) == text
+
+
+def test_everything_is_written_and_readable(boot: SmokeReport, tmp_path: Path) -> None:
+    other = with_verdict(boot, Verdict.unknown, "initrd")
+    home = tmp_path / "out" / "smoke"
+    assert Report(boots=(boot, other)).write(home) == home / "report.json"
+    found = sorted(str(path.relative_to(home)) for path in home.rglob("*") if path.is_file())
+    each = ["command.txt", "console.log", "qemu.log"]
+    boots = [f"{name}/{file}" for name in ("image", "initrd") for file in each]
+    assert found == sorted([*boots, "console.log", "junit.xml", "report.json"])
+    consoles = (home / "console.log").read_bytes()
+    assert consoles.index(b"=== image: passed ===") < consoles.index(b"=== initrd: unknown ===")
+    assert consoles.count(NASTY) == 2
+    assert {path.stat().st_mode & 0o777 for path in home.rglob("*") if path.is_file()} == {0o644}
+
+
+def test_a_console_that_is_already_in_its_place_stays_there(boot: SmokeReport, tmp_path: Path) -> None:
+    home = tmp_path / "smoke"
+    (home / "image").mkdir(parents=True)
+    for name in ("console.log", "qemu.log"):
+        (home / "image" / name).write_bytes(b"here")
+    placed = dataclasses.replace(boot, console=home / "image" / "console.log", log=home / "image" / "qemu.log")
+    Report(boots=(placed,)).write(home)
+    assert (home / "image" / "console.log").read_bytes() == b"here"
+
+
+def test_a_second_report_replaces_the_first(boot: SmokeReport, tmp_path: Path) -> None:
+    Report(boots=(boot,)).write(tmp_path / "smoke")
+    Report(boots=(with_verdict(boot, Verdict.failed),)).write(tmp_path / "smoke")
+    assert json.loads((tmp_path / "smoke" / "report.json").read_text())["verdict"] == "failed"
+
+
+def test_the_command_repeats_what_was_run_word_for_word(boot: SmokeReport, tmp_path: Path) -> None:
+    """A shell reads it back, with a program in QEMU's place that prints its arguments."""
+    printer = tmp_path / "print arguments"
+    printer.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    printer.chmod(0o755)
+    printed = dataclasses.replace(boot, command=(str(printer), *boot.command[1:]), agent=tmp_path / "r n" / "a.sock")
+    script = tmp_path / "command.txt"
+    script.write_text(printed.command_text())
+    said = subprocess.run(["sh", script], check=True, capture_output=True, text=True).stdout
+    assert said.splitlines() == list(boot.command[1:])
+    assert (tmp_path / "r n").is_dir()
+    assert "  -m 256M \\\n  -nodefaults \\\n" in printed.command_text()

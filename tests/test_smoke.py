@@ -1,0 +1,346 @@
+"""Smoke tests of guests that are not there: a program in QEMU's place plays them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from osbuild import smoke
+from osbuild.artifacts import DiskImage, File, Initrd, Kernel
+from osbuild.errors import SpecError
+from osbuild.report import Check, Event, SmokeReport, Verdict
+from osbuild.runtime.base import Machine
+from tests.boot_fixtures import guests_alive
+
+REPOSITORY = Path(__file__).parents[1]
+
+_FAKE = """#!{python}
+import contextlib, os, re, signal, sys, threading, time
+if "-version" in sys.argv:
+    sys.exit(0)
+sys.path.insert(0, {repository!r})
+text = " ".join(sys.argv)
+console = open(re.search(r"id=console,path=(\\S+)", text)[1], "ab", buffering=0)
+agent = re.search(r"id=agent,path=([^,]+)", text)[1]
+nonce = re.search(r"osbuilder.nonce=(\\w+)", text)[1]
+def say(line):
+    console.write(line.encode() + b"\\n")
+def boot(nonce=nonce, root='"fstype":"rootfs","device":"rootfs","options":"rw"'):
+    say("[    0.000000] Linux version 6.12")
+    say("[    0.500000] Run /init as init process")
+    say('{{"msg":"root mounted","level":"INFO",%s}}' % root)
+    say('{{"msg":"agent started","nonce":"%s","uptime_seconds":0.51}}' % nonce)
+def serving(behaviour=None):
+    from tests import fake_agent
+    return fake_agent.fake_agent(__import__("pathlib").Path(agent), behaviour or fake_agent.serve)
+{body}
+"""
+
+# What powers off: answers everything, and ends when it is told to.
+_GOOD = """
+from tests import fake_agent
+def behave(peer, batch):
+    fake_agent.serve(peer, batch)
+    if batch[-1].method.endswith("DestroySandbox"):
+        os._exit(0)
+{boot}
+with serving(behave):
+    time.sleep(60)
+"""
+
+Boot = Callable[..., SmokeReport]
+
+
+@pytest.fixture
+def boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Boot:
+    """Run a smoke test against a fake QEMU with this body."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("vmlinux", "vmlinuz", "root"):
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+
+    def run(body: str, *, seconds: float = 20.0, **more: Any) -> SmokeReport:
+        program = programs / "qemu-system-x86_64"
+        program.write_text(_FAKE.format(python=sys.executable, repository=str(REPOSITORY), body=body))
+        program.chmod(0o755)
+        report = smoke.run(make_machine(tmp_path), tmp_path / "work", seconds=seconds, **more)
+        assert guests_alive(tmp_path) == []
+        return report
+
+    return run
+
+
+def make_machine(home: Path, root: DiskImage | Initrd | None = None) -> Machine:
+    def file(name: str) -> File:
+        return File(path=home / name, size=1, sha256="")
+
+    kernel = Kernel(
+        vmlinux=file("vmlinux"), vmlinuz=file("vmlinuz"), config=file("vmlinux"), release="6.12", arch="x86_64",
+        key="", cached=True,
+    )  # fmt: skip
+    made = root or Initrd(file=file("root"), compression="none", unpacked=1)
+    return Machine(kernel=kernel, root=made, accel="tcg")
+
+
+def check(report: SmokeReport, name: str) -> Check:
+    (found,) = [check for check in report.checks if check.name == name]
+    return found
+
+
+def test_a_guest_that_does_everything_right_passes(boot: Boot) -> None:
+    seen: list[Event] = []
+    report = boot(_GOOD.format(boot="boot()"), on_event=seen.append)
+    assert report.verdict is Verdict.passed, report
+    assert report.cause is None
+    assert [check.name for check in report.checks] == [*smoke.CHECKS, "files"]
+    names = [event.name for event in report.timeline]
+    assert names[0] == "vmm started"
+    assert names[-2:] == ["agent answered", "powered off"]
+    assert {event.name for event in seen} == set(names)
+    guest_times = {event.name: event.guest for event in report.timeline}
+    assert (guest_times["init"], guest_times["agent started"]) == (0.5, 0.51)
+
+
+@pytest.mark.parametrize(
+    ("start", "name", "detail"),
+    [
+        ("boot(nonce='dead')", "nonce", "another run"),
+        ("""boot(root='"fstype":"ext4","device":"/dev/sda","options":"ro"')""", "root", "not the initramfs"),
+    ],
+)
+def test_an_agent_that_says_the_wrong_thing_fails(start: str, name: str, detail: str, boot: Boot) -> None:
+    report = boot(_GOOD.format(boot=start))
+    assert report.verdict is Verdict.failed
+    assert check(report, name).verdict is Verdict.failed
+    assert detail in report.reason
+
+
+def test_an_agent_whose_log_is_not_seen_leaves_it_unknown(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smoke, "_LINE_SECONDS", 0.1)
+    report = boot(_GOOD.format(boot=""))
+    assert report.verdict is Verdict.unknown
+    assert check(report, "agent.check").verdict is Verdict.passed
+    assert check(report, "nonce").verdict is Verdict.unknown
+
+
+def test_an_agent_that_does_not_power_off_fails(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smoke, "_POWEROFF_SECONDS", 0.3)
+    report = boot("boot()\nwith serving():\n    time.sleep(60)")
+    assert report.verdict is Verdict.failed
+    assert "still there" in check(report, "poweroff").detail
+
+
+def test_a_machine_that_can_only_halt_has_powered_off(boot: Boot) -> None:
+    body = _GOOD.replace("os._exit(0)", 'say("[    0.9] reboot: x"); say("[    0.900000] reboot: System halted")')
+    report = boot(body.format(boot="boot()"))
+    assert report.verdict is Verdict.passed, report
+    assert "halted" in check(report, "poweroff").detail
+
+
+def test_a_panic_on_the_way_out_is_no_power_off(boot: Boot) -> None:
+    body = _GOOD.replace("os._exit(0)", 'say("[    0.900000] Kernel panic - not syncing: oh"); os._exit(0)')
+    report = boot(body.format(boot="boot()"))
+    assert report.verdict is Verdict.failed
+    assert "panic" in check(report, "poweroff").detail
+
+
+def test_a_qemu_that_refuses_is_reported_in_its_own_words(boot: Boot) -> None:
+    began = time.monotonic()
+    report = boot('sys.exit("qemu-system-x86_64: -nonsense: invalid option")')
+    assert report.verdict is Verdict.failed
+    assert report.cause is not None
+    assert report.cause.line == "qemu-system-x86_64: -nonsense: invalid option"
+    assert time.monotonic() - began < 5
+
+
+def test_a_qemu_that_ends_without_a_word_fails(boot: Boot) -> None:
+    report = boot("sys.exit(0)")
+    assert (report.verdict, report.cause and report.cause.name) == (Verdict.failed, "vmm-exited")
+
+
+def test_a_qemu_that_makes_its_channel_and_dies_is_not_waited_for(boot: Boot) -> None:
+    began = time.monotonic()
+    report = boot("import socket\nsocket.socket(socket.AF_UNIX).bind(agent)\nsys.exit('qemu: nobody knows')")
+    assert report.verdict is Verdict.failed
+    assert report.cause is not None
+    assert report.cause.line == "qemu: nobody knows"
+    assert time.monotonic() - began < 5
+
+
+def test_a_qemu_that_somebody_kills_says_nothing_about_the_guest(boot: Boot) -> None:
+    report = boot("boot()\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert (report.verdict, report.cause and report.cause.name) == (Verdict.unknown, "vmm-killed")
+
+
+def test_a_qemu_that_hangs_and_ignores_sigterm_is_unknown_and_gone(boot: Boot) -> None:
+    began = time.monotonic()
+    report = boot("signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)", seconds=1.0)
+    assert (report.verdict, report.cause and report.cause.name) == (Verdict.unknown, "silent")
+    assert time.monotonic() - began < 7
+
+
+@pytest.mark.parametrize(
+    ("say", "phase"),
+    [
+        ("", "nothing"),
+        ('say("SeaBIOS (version 1)")', "firmware"),
+        ('say("[    0.000000] Linux version 6.12")', "kernel"),
+        ('say("[    0.000000] Linux"); say("[    0.500000] Run /init as init process")', "init"),
+        ("boot()", "agent"),
+    ],
+)
+def test_silence_is_unknown_with_the_phase_reached(say: str, phase: str, boot: Boot) -> None:
+    body = f"{say}\nimport socket\nlistening = socket.socket(socket.AF_UNIX)\nlistening.bind(agent)\n"
+    report = boot(body + "listening.listen()\ntime.sleep(60)", seconds=1.0)
+    assert report.verdict is Verdict.unknown
+    assert f"seen: {phase}" in report.reason
+    assert [c.detail for c in report.checks[1:-1]] == ["not reached"] * 5
+
+
+def test_a_panic_is_reported_within_a_second_even_if_qemu_stays(boot: Boot) -> None:
+    body = """
+from tests import fake_agent
+with serving(fake_agent.be_silent):
+    time.sleep(0.3)
+    say("[    1.000000] Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)")
+    time.sleep(60)
+"""
+    report = boot(body)
+    ended = report.seconds
+    (panic,) = [event for event in report.timeline if event.name == "panic"]
+    assert ended - panic.seconds < 1.0
+    assert (report.verdict, report.cause and report.cause.name) == (Verdict.failed, "root-missing")
+
+
+def test_a_console_without_end_is_cut_off(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smoke, "CONSOLE_LIMIT", 1 << 20)
+    body = "from tests import fake_agent\nwith serving(fake_agent.be_silent):\n    while True: say('x' * 5000)"
+    report = boot(body)
+    assert (report.verdict, report.cause and report.cause.name) == (Verdict.failed, "flood")
+    assert report.console.stat().st_size < 512 << 20
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "verdict", "detail"),
+    [
+        ("fake_agent.say(b'HTTP/1.1 400 Bad Request\\r\\n\\r\\n')", Verdict.failed, "bytes is announced"),
+        ("fake_agent.say(b'\\xff\\xff\\xff\\xff\\0\\0\\0\\1\\2\\0')", Verdict.failed, "4194304 are allowed"),
+        ("fake_agent.say_and_hang_up(b'')", Verdict.failed, "closed the connection"),
+        ("fake_agent.say(b'\\0\\0\\0\\7\\0')", Verdict.unknown, "of the 10 bytes of a header"),
+        ("fake_agent.refuse(12, 'never heard of it')", Verdict.failed, "never heard of it"),
+    ],
+    ids=["http", "four gigabytes", "hangs up", "half a header", "refuses"],
+)
+def test_an_agent_that_answers_garbage_is_told_apart_from_a_silent_one(
+    behaviour: str, verdict: Verdict, detail: str, boot: Boot
+) -> None:
+    body = f"from tests import fake_agent\nboot()\nwith serving({behaviour}):\n    time.sleep(60)"
+    report = boot(body, seconds=2.0)
+    assert report.verdict is verdict
+    assert detail in check(report, "agent.check").detail
+
+
+def test_a_guest_that_changes_its_image_fails(boot: Boot, tmp_path: Path) -> None:
+    body = _GOOD.format(boot=f"boot()\nopen({str(tmp_path / 'root')!r}, 'wb').write(b'y')")
+    report = boot(body)
+    assert report.verdict is Verdict.failed
+    assert str(tmp_path / "root") in check(report, "files").detail
+
+
+def test_an_unknown_vmm_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="no VMM 'bochs'"):
+        smoke.run(make_machine(tmp_path), tmp_path, vmm="bochs")
+
+
+IMAGE = DiskImage(
+    file=File(path=Path("/i"), size=1, sha256=""), filesystem="ext4", dax=True, words=("root=/dev/pmem0p1",)
+)
+INITRD = Initrd(file=IMAGE.file, compression="none", unpacked=1)
+DISK = dataclasses.replace(IMAGE, dax=False)
+
+
+@pytest.mark.parametrize(
+    ("root", "kind", "options", "right"),
+    [
+        (IMAGE, "ext4", "ro,relatime,dax=always", True),
+        (IMAGE, "ext4", "ro,dax", True),
+        (IMAGE, "ext4", "ro,dax=inode", False),
+        (IMAGE, "ext4", "ro,dax=never", False),
+        (IMAGE, "ext4", "ro,relatime", False),
+        (IMAGE, "ext4", "rw,dax=always", False),
+        (IMAGE, "ext4", "errors=remount-ro,dax", False),
+        (IMAGE, "xfs", "ro,dax=always", False),
+        (DISK, "ext4", "ro,relatime", True),
+        (DISK, "ext4", "rw,relatime", False),
+        (INITRD, "rootfs", "rw,size=1k", True),
+        (INITRD, "tmpfs", "rw", True),
+        (INITRD, "ext4", "ro", False),
+    ],
+)
+def test_the_root_must_be_what_was_booted(root: DiskImage | Initrd, kind: str, options: str, right: bool) -> None:
+    fields = {"fstype": kind, "device": "/dev/x", "options": options}
+    if right:
+        assert kind in smoke.judge_root(root, fields)
+    else:
+        with pytest.raises(smoke.Wrong):
+            smoke.judge_root(root, fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"fstype": 7, "options": None}, {"options": ["ro", "dax"]}])
+def test_strange_fields_are_wrong_and_not_a_crash(fields: dict[str, Any]) -> None:
+    with pytest.raises(smoke.Wrong):
+        smoke.judge_root(IMAGE, fields)
+
+
+LINE = json.dumps({"msg": "agent started", "nonce": "n", "note": "a { and a } and \\ and €"}, separators=(",", ":"))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [LINE],
+        [f"[    0.500000] {LINE}"],
+        [f"\x1b[0m{LINE} trailing"],
+        [f"{LINE[:20]}[    0.612345] random: crng init done", LINE[20:]],
+        [f"{LINE[:20]}[    0.612345] one", f"{LINE[20:40]}[    0.612346] two", LINE[40:]],
+    ],
+    ids=["plain", "through the kernel's log", "amid garbage", "torn once", "torn twice"],
+)
+def test_an_agents_line_is_found_whatever_the_kernel_wrote_into_it(lines: list[str]) -> None:
+    log = smoke._AgentLog()
+    for line in ["[    0.1] before", *lines, "after"]:
+        log.feed(line.encode())
+    assert log.messages["agent started"]["nonce"] == "n"
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"msg":', b'{"msg":"a"', b'{"msg":' * 5000, b'{"msg":[' + b"[" * 100_000, b'{"msg":\xff\xfe}', b"{}"]
+)
+def test_a_line_that_is_no_message_is_none(line: bytes) -> None:
+    log = smoke._AgentLog()
+    assert log.feed(line) is None
+    assert log.feed(b"next") is None
+    assert log.messages == {}
+
+
+def test_an_agent_cannot_make_us_remember_without_end() -> None:
+    log = smoke._AgentLog()
+    for number in range(10_000):
+        log.feed(b'{"msg":"%d"}' % number)
+    assert len(log.messages) <= 64
+
+
+def test_a_line_without_an_end_is_cut() -> None:
+    lines = smoke._Lines()
+    cut = [line for _ in range(100) for line in lines.feed(b"x" * 10_000)]
+    assert all(len(line) <= lines.LONGEST for line in cut)
+    assert len(lines._rest) <= lines.LONGEST
