@@ -18,8 +18,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from osbuild.smoke import run as smoke
-
 from osbuild.agent import build_agent, install_agent
 from osbuild.arch import X86_64
 from osbuild.artifacts import DiskImage, Initrd, Rootfs
@@ -33,6 +31,7 @@ from osbuild.pipeline import memory_for
 from osbuild.report import SmokeReport, Verdict
 from osbuild.rootfs import assemble_rootfs
 from osbuild.runtime.base import Machine
+from osbuild.smoke import run as smoke
 from osbuild.sources import open_image
 
 FILES = 10_000

@@ -17,4 +17,3 @@ def resource(name: str) -> Path:
         if path.exists():
             return path
     raise BuildError(f"this installation has no {name}", hint="install osbuilder again")
-
