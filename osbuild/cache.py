@@ -56,7 +56,9 @@ class Cache:
                 return found, True
             home = self._home(kind, key)
             _make_directory(home.parent)
-            staging = Path(tempfile.mkdtemp(prefix="staging-", dir=home.parent))
+            for leftover in home.parent.glob(f"staging-{key}-*"):  # of a run that was killed: we hold its lock now
+                shutil.rmtree(leftover, ignore_errors=True)
+            staging = Path(tempfile.mkdtemp(prefix=f"staging-{key}-", dir=home.parent))
             try:
                 make(staging)
                 _seal(staging)

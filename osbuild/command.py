@@ -24,6 +24,7 @@ from osbuild.errors import CommandError, HostError
 
 TAIL_BYTES: Final = 4096  # of a program's output that goes into an error
 GRACE_SECONDS: Final = 3.0  # between SIGTERM and SIGKILL
+_POLL_SECONDS: Final = 0.005
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -86,6 +87,8 @@ def run(
                 sink.write(line)
             else:
                 kept += line
+        _has_ended(process, 0)
+        _signal_group(process, signal.SIGKILL)  # what it started and left behind
         status = process.wait()
     output = kept.decode(errors="replace")
     if status != 0:
@@ -141,16 +144,24 @@ def start(
 def end(process: subprocess.Popen[bytes], *, grace: float = GRACE_SECONDS) -> None:
     """End a program and everything in its group: politely first, then not. Does nothing to one already reaped."""
     # Once reaped, the number may belong to somebody else's group.
-    if process.poll() is not None:
+    if process.returncode is not None:
         return
+    _signal_group(process, signal.SIGTERM)
+    deadline = time.monotonic() + grace
+    while not _has_ended(process) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    _signal_group(process, signal.SIGKILL)  # what its children left running, too
+    process.wait()
+
+
+def _has_ended(process: subprocess.Popen[bytes], options: int = os.WNOHANG) -> bool:
+    """Whether the program has ended, without reaping it: until then, its number is its group's."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | options) is not None
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(timeout=grace)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        os.killpg(process.pid, number)
 
 
 def _die_with_parent(parent: int) -> Callable[[], None]:
@@ -172,9 +183,8 @@ def _deadline(process: subprocess.Popen[bytes], seconds: float | None) -> Iterat
 
     def fire() -> None:
         fired.set()
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode is None:
+            _signal_group(process, signal.SIGKILL)
 
     timer = threading.Timer(seconds, fire)
     timer.daemon = True

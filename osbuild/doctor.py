@@ -44,6 +44,7 @@ _WANTS: Final = (
     _Want("bc", "bc", "the kernel"),
     _Want("perl", "perl", "the kernel"),
     _Want("xz", "xz-utils", "the kernel"),
+    _Want("lz4", "lz4", "the kernel"),
     _Want("tar", "tar", "the kernel"),
     _Want(str(DEBIAN_TARBALL), "linux-source-6.12", "the kernel"),
     _Want("/usr/include/gelf.h", "libelf-dev", "the kernel"),

@@ -20,7 +20,7 @@ from osbuild import zstd
 from osbuild.artifacts import File, Initrd, Rootfs
 from osbuild.errors import InputError, SpecError
 from osbuild.output import writing
-from osbuild.tree import Entry, Tree, quote
+from osbuild.tree import PATH_MAX, Entry, Tree, quote
 
 LEVEL: Final = 3
 _BATCH: Final = 4 << 20
@@ -65,6 +65,8 @@ def build_initrd(rootfs: Rootfs, out: Path, *, compress: str = "zstd") -> Initrd
 def check(tree: Tree) -> None:
     """Everything in the tree that newc cannot express, or the kernel would misread."""
     for path, entry in tree.items():
+        if len(path.encode(errors="surrogateescape")) > PATH_MAX:
+            raise InputError(f"{quote(path[:100])}…: the kernel would skip a path of more than {PATH_MAX} bytes")
         if path == f"/{_TRAILER}":
             raise InputError(f"{quote(path)}: an initramfs would end at a file of this name")
         if entry.content.size > _SIZE_MAX:

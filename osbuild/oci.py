@@ -19,6 +19,8 @@ JSON_MAX: Final = 4 << 20  # bytes of a manifest, index or config
 _JSON_DEPTH: Final = 100
 
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}\Z")
+_STRING: Final = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_STRUCTURE: Final = re.compile(rb"[\[\]{}]")
 _REPOSITORY: Final = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*\Z")
 _TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")
 
@@ -140,14 +142,11 @@ def parse_json(data: bytes, where: str) -> Json:
     """A JSON object of bounded size and depth."""
     if len(data) > JSON_MAX:
         raise InputError(f"{where}: {len(data)} bytes of JSON are more than {JSON_MAX}")
-    # The parser recurses: count brackets first, which errs on the safe side only.
+    # The parser recurses, so brackets are counted before it starts; those inside strings are none.
     depth = most = 0
-    for byte in data:
-        if byte in b"[{":
-            depth += 1
-            most = max(most, depth)
-        elif byte in b"]}":
-            depth -= 1
+    for bracket in _STRUCTURE.findall(_STRING.sub(b"", data)):
+        depth += 1 if bracket in b"[{" else -1
+        most = max(most, depth)
     if most > _JSON_DEPTH:
         raise InputError(f"{where}: JSON nested more than {_JSON_DEPTH} deep")
     try:

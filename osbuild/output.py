@@ -23,13 +23,15 @@ def writing(path: Path) -> Iterator[int]:
     """
     _refuse_strange(path)
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        descriptor, temporary = _open_beside(path)
     except OSError as problem:
         raise HostError(f"cannot write in {quote(str(path.parent))}: {problem.strerror}") from problem
     try:
         yield descriptor
         os.fchmod(descriptor, 0o644)
         os.fsync(descriptor)
+        if not temporary:
+            temporary = _name_it(descriptor, path)
         os.rename(temporary, path)  # noqa: PTH104
         temporary = ""
         sync_directory(path.parent)
@@ -41,6 +43,29 @@ def writing(path: Path) -> Iterator[int]:
         os.close(descriptor)
         if temporary:
             os.unlink(temporary)  # noqa: PTH108
+
+
+def _open_beside(path: Path) -> tuple[int, str]:
+    """A new file beside `path`: without a name where that is possible, so that a killed run leaves none."""
+    try:
+        return os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), ""
+    except OSError as problem:
+        if problem.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+        return tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+
+
+def _name_it(descriptor: int, path: Path) -> str:
+    temporary = str(path.parent / f".{path.name}.{os.getpid()}-{descriptor}")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)  # noqa: PTH108
+    # Without a directory descriptor Python calls link(2), which would link the symbolic link itself.
+    here = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.link(str(descriptor), temporary, src_dir_fd=here, follow_symlinks=True)
+    finally:
+        os.close(here)
+    return temporary
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -1,21 +1,14 @@
 """Boot it, ask its agent, and say what came of it. Only an answer of the agent's counts as success.
 
 main thread   starts the VMM, asks the agent, one check after the other, until the deadline
-watcher       reads the console as it grows: events for the timeline, the agent's log lines, panics. It ends a VMM
-              that outlives a panic; then the channel closes, and the main thread need not wait for its deadline
+watcher       another thread: reads the console as it grows, and ends what is beyond hope
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import re
-import select
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,22 +17,18 @@ from osbuild import autopsy, ttrpc
 from osbuild.agent_client import AgentClient
 from osbuild.artifacts import DiskImage, Initrd
 from osbuild.errors import SpecError
-from osbuild.report import Cause, Check, Event, SmokeReport, Verdict, printable, tail
+from osbuild.report import Cause, Check, SmokeReport, Verdict, printable
 from osbuild.runtime import RUNTIMES
 from osbuild.runtime.base import Guest, Machine
+from osbuild.watcher import OnEvent, Watcher
 
 SECONDS: Final = 60.0
-CONSOLE_LIMIT: Final = 64 << 20  # bytes; a guest that writes more is ended before it fills the host's disk
 
 _POLL_SECONDS: Final = 0.005
-_PANIC_GRACE_SECONDS: Final = 0.3  # for the trace that follows the line, when the VMM does not end by itself
 _LINE_SECONDS: Final = 2.0  # a line written before the agent answered is on the console soon after
 _POWEROFF_SECONDS: Final = 10.0
 _CONNECT_SECONDS: Final = 0.2
 _CALL_SECONDS: Final = 10.0  # for an agent that answered before
-_LOG_BYTES: Final = 64 * 1024
-
-OnEvent = Callable[[Event], None]
 
 
 class Wrong(Exception):  # noqa: N818 - a finding, not an error
@@ -212,7 +201,16 @@ def nonce_agrees(session: Session) -> str:
 def powers_off(session: Session) -> str:
     with contextlib.suppress(ttrpc.PeerClosed):  # it may be gone before its answer is
         session.client.destroy_sandbox(seconds=min(_CALL_SECONDS, session.left))
-    return session.watcher.wait_for_end(_POWEROFF_SECONDS)
+    end = session.watcher.wait_for_end(_POWEROFF_SECONDS)
+    if end.panicked:
+        raise Wrong("the kernel panicked instead of powering off")
+    if end.halted:
+        return "halted: this machine has no power switch"
+    if end.status is None:
+        raise Wrong(f"the guest is still there {_POWEROFF_SECONDS:g} s after it was told to power off")
+    if end.status != 0:
+        raise Wrong(f"the VMM ended with status {end.status}")
+    return "the VMM ended by itself"
 
 
 CHECKS: Final[Mapping[str, CheckFunction]] = {
@@ -223,216 +221,6 @@ CHECKS: Final[Mapping[str, CheckFunction]] = {
     "nonce": nonce_agrees,
     "poweroff": powers_off,
 }
-
-
-# --- The watcher ----------------------------------------------------------------------------------------------------
-
-
-_SIGHTS: Final[Mapping[str, re.Pattern[bytes]]] = {
-    "kernel": re.compile(rb"^\[ *(?P<guest>\d+\.\d{6})\] "),
-    "init": re.compile(rb"^\[ *(?P<guest>\d+\.\d{6})\] Run \S+ as init process"),
-    "panic": re.compile(rb"^(?:\[ *(?P<guest>\d+\.\d{6})\] )?.*Kernel panic - not syncing"),
-    # Machines without ACPI cannot be switched off by a guest, only halted.
-    "halted": re.compile(rb"^\[ *(?P<guest>\d+\.\d{6})\] reboot: (?:Power off not available: )?System halted"),
-}
-
-
-class Watcher:
-    """Reads a guest's console while it grows."""
-
-    def __init__(self, guest: Guest, on_event: OnEvent | None = None) -> None:
-        self._guest = guest
-        self._on_event = on_event
-        self._changed = threading.Condition()  # for all of the following
-        self._events: dict[str, Event] = {}
-        self._log = _AgentLog()
-        self._flooded = False
-        self._stopped = False  # we ended the VMM
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="console", daemon=True)
-
-    def __enter__(self) -> Watcher:
-        self.record("vmm started", at=self._guest.started)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    @property
-    def timeline(self) -> tuple[Event, ...]:
-        """What has happened so far, in order."""
-        with self._changed:
-            return tuple(sorted(self._events.values(), key=lambda event: event.seconds))
-
-    def record(self, name: str, *, guest: float | None = None, at: float | None = None) -> None:
-        """Something happens now; only the first time counts."""
-        seconds = (time.monotonic() if at is None else at) - self._guest.started
-        with self._changed:
-            if name in self._events:
-                return
-            event = self._events[name] = Event(name=name, seconds=seconds, guest=guest)
-            self._changed.notify_all()
-        if self._on_event is not None:
-            self._on_event(event)
-
-    def message(self, text: str, seconds: float) -> Mapping[str, Any] | None:
-        """The fields of the agent's log line with that message, waiting for it a little."""
-        with self._changed:
-            self._changed.wait_for(lambda: text in self._log.messages, seconds)
-            return self._log.messages.get(text)
-
-    def wait_for_end(self, seconds: float) -> str:
-        """How the guest ended by itself; Wrong if it did not, or not well."""
-        deadline = time.monotonic() + seconds
-        with _exit_of(self._guest.process) as ended:
-            while not ended(_POLL_SECONDS):
-                if "halted" in self._events:
-                    return "halted: this machine has no power switch"
-                if "panic" in self._events or time.monotonic() > deadline:
-                    break
-        self.record("powered off")
-        status = self._guest.process.poll()
-        self._drain()
-        if "panic" in self._events:
-            raise Wrong("the kernel panicked instead of powering off")
-        if status is None:
-            raise Wrong(f"the guest is still there {seconds:g} s after it was told to power off")
-        if status != 0:
-            raise Wrong(f"the VMM ended with status {status}")
-        return "the VMM ended by itself"
-
-    def finish(self, *, answered: bool, gone: bool) -> autopsy.Evidence:
-        """Stop watching, see everything that was still written, and say what is left of the guest."""
-        with _exit_of(self._guest.process) as ended:
-            ended(2 * _PANIC_GRACE_SECONDS if gone else 0.0)
-        self._drain()
-        status = self._guest.process.poll()
-        return autopsy.Evidence(
-            console=autopsy.console_text(self._guest.console),
-            log=printable(tail(self._guest.log, _LOG_BYTES)),
-            status=status,
-            answered=answered,
-            stopped=self._stopped or status is None,
-            flooded=self._flooded,
-        )
-
-    def _drain(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        with self._guest.console.open("rb", buffering=0) as console, _exit_of(self._guest.process) as ended:
-            lines = _Lines()
-            last = False
-            while True:
-                while data := console.read(1 << 20):
-                    self.record("first output")
-                    self._see(lines.feed(data))
-                    if console.tell() > CONSOLE_LIMIT:
-                        self._flooded = True
-                        self._end_vmm()
-                        return
-                if last:
-                    return
-                # One more round of reading after the end.
-                last = self._stop.is_set() or ended(_POLL_SECONDS)
-                panic = self._events.get("panic")
-                if panic and time.monotonic() - self._guest.started - panic.seconds > _PANIC_GRACE_SECONDS:
-                    self._end_vmm()
-
-    def _see(self, lines: list[bytes]) -> None:
-        for line in lines:
-            for name, pattern in _SIGHTS.items():
-                if name not in self._events and (match := pattern.search(line)):
-                    self.record(name, guest=float(match["guest"]) if match["guest"] else None)
-            found = self._log.feed(line)
-            if found is None:
-                continue
-            with self._changed:
-                self._changed.notify_all()
-            if found.get("msg") == "agent started":
-                self.record("agent started", guest=_number(found.get("uptime_seconds")))
-
-    def _end_vmm(self) -> None:
-        if self._guest.process.poll() is None:
-            self._stopped = True
-            self._guest.process.kill()
-
-
-class _Lines:
-    """Bytes in, whole lines out; a line without an end is cut."""
-
-    LONGEST: Final = 16 * 1024
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> list[bytes]:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > self.LONGEST:
-            lines.append(self._rest)
-            self._rest = b""
-        return [line[: self.LONGEST].rstrip(b"\r") for line in lines]
-
-
-class _AgentLog:
-    """The agent's JSON lines, out of everything else on a console.
-
-    The kernel writes into the middle of other people's lines; what follows its time stamp up to the end of the line is
-    taken out, and the next line is the rest of the torn one.
-    """
-
-    _KERNEL: Final = re.compile(rb"\[ *\d+\.\d{6}\] .*$")
-    _MOST: Final = 64  # messages kept; a guest may invent any number
-
-    def __init__(self) -> None:
-        self.messages: dict[str, Mapping[str, Any]] = {}  # Any: JSON
-        self._torn = b""
-
-    def feed(self, line: bytes) -> Mapping[str, Any] | None:
-        """The message that this line is, or completes."""
-        start = line.find(b'{"msg":')
-        if start >= 0:
-            whole, self._torn = line[start:], b""
-        elif self._torn:
-            whole, self._torn = self._torn + line, b""
-        else:
-            return None
-        fields = _parse(whole)
-        if fields is None:
-            kept = self._KERNEL.sub(b"", whole)
-            self._torn = kept if len(kept) < _Lines.LONGEST and kept != whole else b""
-            return None
-        if len(self.messages) < self._MOST:
-            self.messages.setdefault(str(fields["msg"]), fields)
-        return fields
-
-
-def _parse(text: bytes) -> Mapping[str, Any] | None:
-    try:
-        fields, _ = json.JSONDecoder().raw_decode(text.decode(errors="replace"))
-    except (ValueError, RecursionError):
-        return None
-    return fields if isinstance(fields, dict) else None
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
-
-
-@contextlib.contextmanager
-def _exit_of(process: subprocess.Popen[bytes]) -> Iterator[Callable[[float], bool]]:
-    """A function that waits so many seconds for the process to end, and says whether it has."""
-    if process.poll() is not None:
-        yield lambda _: True
-        return
-    descriptor = os.pidfd_open(process.pid)
-    try:
-        yield lambda seconds: bool(select.select([descriptor], [], [], seconds)[0])
-    finally:
-        os.close(descriptor)
 
 
 # --- What it comes to -----------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ Two paths that map to the *same* Entry object are hard links of one inode; equal
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, Protocol
 
-from osbuild.errors import InputError
+from osbuild.errors import HostError, InputError
 
 PATH_MAX: Final = 4095  # bytes, as the kernel counts them without the NUL
 NAME_MAX: Final = 255  # bytes of one component
@@ -65,13 +67,17 @@ class Spool:
     """An unlinked temporary file that grows at its end and goes away with its last slice."""
 
     def __init__(self, directory: str | None = None) -> None:
-        handle, path = tempfile.mkstemp(prefix="osbuilder-", dir=directory)
-        os.unlink(path)  # noqa: PTH108
-        self.descriptor = handle
+        self._directory = directory or tempfile.gettempdir()
+        with self._room():
+            handle, path = tempfile.mkstemp(prefix="osbuilder-", dir=self._directory)
+            self.descriptor = handle
+            os.unlink(path)  # noqa: PTH108
         self.size = 0
 
     def append(self, data: bytes) -> None:
-        write_all(self.descriptor, data, self.size)
+        """Add to the end; HostError when the disk is full."""
+        with self._room():
+            write_all(self.descriptor, data, self.size)
         self.size += len(data)
 
     def read(self, offset: int, length: int) -> bytes:
@@ -85,6 +91,16 @@ class Spool:
             offset += len(data)
             length -= len(data)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            raise HostError(
+                f"cannot keep the image in {quote(self._directory)}: {problem.strerror}",
+                hint="set TMPDIR to a directory with room for the uncompressed layers",
+            ) from problem
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -105,17 +121,7 @@ class Slice:
             yield self.spool.read(start, min(_CHUNK, end - start))
 
     def copy_to(self, descriptor: int, offset: int) -> None:
-        start, left = self.offset, self.size
-        while left > 0:
-            try:
-                done = os.copy_file_range(self.spool.descriptor, descriptor, left, start, offset)
-            except OSError:
-                done = 0
-            if done == 0:  # not between these two file systems: through memory, then
-                data = self.spool.read(start, min(_CHUNK, left))
-                write_all(descriptor, data, offset)
-                done = len(data)
-            start, offset, left = start + done, offset + done, left - done
+        copy_range(self.spool.descriptor, self.offset, self.size, descriptor, offset)
 
 
 EMPTY: Final[Content] = Bytes(b"")
@@ -396,6 +402,24 @@ class Draft:
         # Only a directory or a symbolic link can have been part of a remembered way.
         if isinstance(gone, _Directory) or gone.is_symlink:
             self._known.clear()
+
+
+def copy_range(source: int, start: int, size: int, target: int, offset: int) -> None:
+    """Copy bytes between two open files inside the kernel, or through memory where their file systems cannot."""
+    while size > 0:
+        try:
+            done = os.copy_file_range(source, target, size, start, offset)
+        except OSError as problem:
+            if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                raise
+            done = 0
+        if done == 0:
+            data = os.pread(source, min(_CHUNK, size), start)
+            if not data:
+                raise InputError(f"a file became shorter while it was read: {size} bytes are missing")
+            write_all(target, data, offset)
+            done = len(data)
+        start, offset, size = start + done, offset + done, size - done
 
 
 def write_all(descriptor: int, data: bytes, offset: int) -> None:

@@ -57,6 +57,13 @@ def test_a_maker_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "v1/k") == []
 
 
+def test_what_a_killed_maker_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    cache = Cache(root=tmp_path)
+    (tmp_path / "v1/k/staging-key-dead").mkdir(parents=True)
+    cache.get("k", "key", fill)
+    assert os.listdir(tmp_path / "v1/k") == ["key"]
+
+
 def _race(root: Path, made: Path) -> None:
     def make(directory: Path) -> None:
         with made.open("a") as file:

@@ -65,6 +65,16 @@ def test_a_deadline_ends_the_whole_group(tmp_path: Path) -> None:
     assert not _alive(child)
 
 
+def test_what_a_program_leaves_running_is_ended_with_it(tmp_path: Path) -> None:
+    command.run("sh", "-c", f"sleep 60 >/dev/null 2>&1 & echo $! > {tmp_path}/ran; exit 0")
+    with command.start("sh", "-c", f"sleep 60 & echo $! > {tmp_path}/started; exit 0"):
+        while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
+            time.sleep(0.01)
+        time.sleep(0.1)
+    for name in ("ran", "started"):
+        assert not _alive(int((tmp_path / name).read_text()))
+
+
 def test_the_environment_is_small_and_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LANG", "tr_TR.UTF-8")
     monkeypatch.setenv("SECRET", "x")

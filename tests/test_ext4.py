@@ -235,7 +235,21 @@ def test_ten_thousand_names_in_one_directory(tmp_path: Path) -> None:
     assert len(debugfs(image, "ls -p /d").split()) >= 10_000
 
 
-def test_70000_directories_in_one_are_too_many_to_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("files", "links"), [(33_000, 0), (0, 40_000), (31_000, 1_900), (66_000, 0)])
+def test_more_inodes_than_a_group_can_have(files: int, links: int, tmp_path: Path) -> None:
+    made = Draft()
+    for number in range(files):
+        made.put(f"/f/{number % 100}/{number}", regular(b"x" if links else b""))
+    for number in range(links):
+        made.put(f"/l/{number % 100}/{number}", symlink("x"))
+    image = tmp_path / "fs"
+    write(made.tree(), image)
+    check(image)
+    # Two inodes a group's worth of blocks apart are both there.
+    assert debugfs(image, "stat /f/0/0" if files else "stat /l/99/39999").startswith("Inode:")
+
+
+def test_66000_directories_in_one_are_too_many_to_count(tmp_path: Path) -> None:
     made = Draft()
     for number in range(66_000):
         made.put(f"/d/{number}", directory(mtime_ns=0))
@@ -255,7 +269,10 @@ def test_the_same_tree_gives_the_same_bytes(tmp_path: Path) -> None:
     assert write(draft(a=regular(b"x" * 5001)), tmp_path / "c").uuid != first.uuid
 
 
-NAMES = st.binary(min_size=1, max_size=30).filter(lambda b: b not in (b".", b"..") and not set(b) & {0, 0x2F})
+NAMES = st.one_of(
+    st.text("abc", min_size=1, max_size=3).map(str.encode),  # often the same, and debugfs can be asked for them
+    st.binary(min_size=1, max_size=30).filter(lambda b: b not in (b".", b"..") and not set(b) & {0, 0x2F}),
+)
 META = st.fixed_dictionaries(
     {
         "uid": st.integers(0, 2**32 - 2),
@@ -295,5 +312,11 @@ def test_any_tree_is_clean_to_e2fsck(
         except InputError:
             continue  # a file or a circle of links on the way
     image = tmp_path_factory.mktemp("fs") / "fs"
-    write(made.tree(), image)
+    tree = made.tree()
+    write(tree, image)
     check(image)
+    for path, entry in tree.items():
+        if entry.is_file and path.isascii() and path.replace("/", "").isalnum():
+            told = " ".join(debugfs(image, f"stat {path}").split())
+            assert f"Size: {entry.content.size}" in told
+            assert debugfs(image, f"cat {path}").encode() == b"".join(entry.content.chunks())

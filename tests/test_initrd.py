@@ -93,6 +93,15 @@ def test_a_root_file_called_like_the_trailer_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "i").exists()
 
 
+def test_a_path_that_the_kernel_would_skip_is_refused(tmp_path: Path) -> None:
+    draft = rootfs().tree.edit()
+    draft.put("/" + "/".join(["d" * 200] * 19), directory())
+    draft.put("/l", symlink("/".join(["d" * 200] * 19)))
+    draft.put("/l/" + "e" * 200 + "/" + "f" * 200, regular(b""))
+    with pytest.raises(InputError, match="4095 bytes"):
+        build_initrd(Rootfs(tree=draft.tree(), init="/init", epoch=0), tmp_path / "i")
+
+
 def test_a_file_of_4_gib_is_refused(tmp_path: Path) -> None:
     huge = Entry(mode=stat.S_IFREG, mtime_ns=0, content=_Zeros(4 << 30))
     with pytest.raises(InputError, match=r"'/huge'.*4 GiB"):

@@ -111,3 +111,8 @@ def test_json_is_bounded(data: bytes, rule: str) -> None:
 def test_a_config_without_layers_is_refused(rootfs: object) -> None:
     with pytest.raises(InputError, match="layers"):
         oci.parse_config(json.dumps({"rootfs": rootfs}).encode(), "here")
+
+
+def test_brackets_inside_strings_are_no_depth() -> None:
+    line = json.dumps({"created_by": '\\033[1;32m \\" [[[{{{ ' * 60}).encode()
+    assert oci.parse_json(line, "here")["created_by"].count("[") == 240

@@ -6,6 +6,7 @@ import os
 import signal
 import stat
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -229,3 +230,30 @@ def test_this_qemu_takes_every_option(root: DiskImage | Initrd, tmp_path: Path) 
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_every_runtime_can_be_started(name: str) -> None:
     assert callable(RUNTIMES[name].start)
+
+
+def test_a_work_directory_that_cannot_be_one_is_the_hosts_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_fake(tmp_path, monkeypatch, "exec sleep 60")
+    (tmp_path / "work").write_bytes(b"in the way")
+    with pytest.raises(HostError, match="cannot write into"), qemu.start(real(tmp_path, IMAGE), tmp_path / "work"):
+        pass
+
+
+def test_what_a_killed_run_left_is_taken_away_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_fake(tmp_path, monkeypatch, "exec sleep 60")
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as short:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", short)
+        left, fresh, other = (Path(short, name) for name in ("osbuilder-run-left", "osbuilder-run-new", "other"))
+        for path in (left, fresh, other):
+            path.mkdir()
+            (path / "agent.sock").touch()
+        with qemu.start(real(tmp_path, IMAGE), tmp_path / "first") as first:
+            running = first.agent.parent
+            for path in (left, other, running):
+                os.utime(path, (1, 1))
+            with qemu.start(real(tmp_path, IMAGE), tmp_path / "second"):
+                assert not left.exists()
+                assert running.exists()
+        assert sorted(Path(short).iterdir()) == [fresh, other]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from osbuild import smoke
+from osbuild import smoke, watcher
 from osbuild.artifacts import DiskImage, File, Initrd, Kernel
 from osbuild.errors import SpecError
 from osbuild.report import Check, Event, SmokeReport, Verdict
@@ -222,7 +222,7 @@ with serving(fake_agent.be_silent):
 
 
 def test_a_console_without_end_is_cut_off(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smoke, "CONSOLE_LIMIT", 1 << 20)
+    monkeypatch.setattr(watcher, "CONSOLE_LIMIT", 1 << 20)
     body = "from tests import fake_agent\nwith serving(fake_agent.be_silent):\n    while True: say('x' * 5000)"
     report = boot(body)
     assert (report.verdict, report.cause and report.cause.name) == (Verdict.failed, "flood")
@@ -320,7 +320,7 @@ LINE = json.dumps({"msg": "agent started", "nonce": "n", "note": "a { and a } an
     ids=["plain", "through the kernel's log", "amid garbage", "torn once", "torn twice"],
 )
 def test_an_agents_line_is_found_whatever_the_kernel_wrote_into_it(lines: list[str]) -> None:
-    log = smoke._AgentLog()
+    log = watcher.AgentLog()
     for line in ["[    0.1] before", *lines, "after"]:
         log.feed(line.encode())
     assert log.messages["agent started"]["nonce"] == "n"
@@ -330,21 +330,21 @@ def test_an_agents_line_is_found_whatever_the_kernel_wrote_into_it(lines: list[s
     "line", [b'{"msg":', b'{"msg":"a"', b'{"msg":' * 5000, b'{"msg":[' + b"[" * 100_000, b'{"msg":\xff\xfe}', b"{}"]
 )
 def test_a_line_that_is_no_message_is_none(line: bytes) -> None:
-    log = smoke._AgentLog()
+    log = watcher.AgentLog()
     assert log.feed(line) is None
     assert log.feed(b"next") is None
     assert log.messages == {}
 
 
 def test_an_agent_cannot_make_us_remember_without_end() -> None:
-    log = smoke._AgentLog()
+    log = watcher.AgentLog()
     for number in range(10_000):
         log.feed(b'{"msg":"%d"}' % number)
     assert len(log.messages) <= 64
 
 
 def test_a_line_without_an_end_is_cut() -> None:
-    lines = smoke._Lines()
+    lines = watcher.Lines()
     cut = [line for _ in range(100) for line in lines.feed(b"x" * 10_000)]
     assert all(len(line) <= lines.LONGEST for line in cut)
     assert len(lines._rest) <= lines.LONGEST

@@ -18,7 +18,7 @@ class Plan(Protocol):
 
     @property
     def uuid(self) -> str:
-        """The filesystem's UUID, made from what is in it."""
+        """The filesystem's UUID, made from all names, owners, times and sizes in it (not from the files' bytes)."""
 
     def write(self, descriptor: int, offset: int) -> None:
         """Write it at `offset` of an open file that reads as zeros there."""

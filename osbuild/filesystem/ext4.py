@@ -239,17 +239,24 @@ class _Layout:
     def _place(self, packed: Sequence[tuple[_Inode, bytes]], files: Sequence[_Inode]) -> None:
         """Find a place for everything; the number of groups and what fits into them depend on each other."""
         directory_blocks = sum(len(data) // BLOCK for _, data in packed)
-        groups = 0
-        self._total = 1 + directory_blocks + len(self._blobs) + sum(inode.blocks for inode in files) + _JOURNAL_BLOCKS
-        while self._total > groups * GROUP_BLOCKS:
-            groups = -(-self._total // GROUP_BLOCKS)
+        total = 1 + directory_blocks + len(self._blobs) + sum(inode.blocks for inode in files) + _JOURNAL_BLOCKS
+        # An inode bitmap is one block, too: a group has at most as many inodes as that has bits.
+        least = -(-self._last // GROUP_BLOCKS)
+        groups, wanted = 0, max(least, -(-total // GROUP_BLOCKS))
+        while wanted > groups:
+            groups = wanted
             cursor = self._place_fixed(groups)
             for inode, data in packed:
                 inode.first = cursor
                 cursor += len(data) // BLOCK
             self._first_blob = cursor
             self._journal.first = self._place_files(files, cursor + len(self._blobs))
-            self._total = self._journal.first + _JOURNAL_BLOCKS
+            total = self._journal.first + _JOURNAL_BLOCKS
+            wanted = -(-total // GROUP_BLOCKS)
+        # Groups that are there for their inodes only still have to be there: free blocks, and a hole in the image.
+        self._total = max(total, (groups - 1) * GROUP_BLOCKS + 8)
+        if self._total > total:
+            self._gaps.append((total, self._total - total))
         if self._total >= 1 << 32:
             raise InputError(f"the tree needs {self._total} blocks of 4096 bytes; this ext4 writer stops at 2^32")
 
@@ -262,8 +269,6 @@ class _Layout:
         self._block_bitmaps = self._descriptors + -(-groups * _GROUP.size // BLOCK)
         self._inode_bitmaps = self._block_bitmaps + groups
         self._table = self._inode_bitmaps + groups
-        if self._per_group > 8 * BLOCK:
-            raise InputError(f"{self._last} inodes in {groups} groups are more than ext4 can number")
         return self._table + groups * self._per_group // inodes_per_block
 
     def _place_files(self, files: Iterable[_Inode], cursor: int) -> int:
@@ -386,7 +391,7 @@ class _Layout:
         yield self._inode_bitmaps * BLOCK, b"".join(inode_bitmaps)
 
     def _identity(self) -> bytes:
-        """32 bytes made from all metadata (names, owners, times, sizes, places), for the UUID and the hash seed."""
+        """32 bytes made from all names, owners, times, sizes and places, for the UUID and the hash seed."""
         digest = hashlib.sha256(struct.pack("<Q", self._total))
         for at, data in self._metadata:
             digest.update(struct.pack("<Q", at))

@@ -146,9 +146,7 @@ def _listen(descriptor: int, patience: float) -> Count:
             return Count(seconds=now - began)
     if began is None:
         return Count(seconds=None, trouble=f"not one instruction was seen to run in {DEADLINE_SECONDS:g} s")
-    return Count(
-        seconds=None, trouble=f"still counting after {time.monotonic() - began:.2f} s, so not the processor's own"
-    )
+    return Count(seconds=None, trouble=f"still counting after {time.monotonic() - began:.1f} s")
 
 
 def _obstacle(device: Path) -> str:

@@ -13,7 +13,6 @@ from osbuild.artifacts import DiskImage, Initrd, Kernel
 from osbuild.runtime.accel import Accel
 
 CONSOLE: Final = "console.log"  # in the work directory: what the guest wrote to its first serial port
-LOG: Final = "vmm.log"  # in the work directory: what the VMM itself had to say
 
 
 def make_nonce() -> str:

@@ -8,9 +8,11 @@ agent.channel.0    <-> a unix socket in a private directory with a short name
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +30,8 @@ from osbuild.runtime.base import CONSOLE, Guest, Machine
 LOG: Final = "qemu.log"
 CHANNEL: Final = "agent.channel.0"  # the serial port's name, as agents of Kata 1.x and ours look for it
 
+_RUN_PREFIX: Final = "osbuilder-run-"
+_RUN_LOCKED_SECONDS: Final = 60.0  # after which a run directory is locked, if anybody still has a use for it
 _SUN_PATH: Final = 108  # bytes for a unix socket's path and its NUL: unix(7)
 _SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _CPUS: Final[Mapping[str, str]] = {"kvm": "host", "tcg": "max"}
@@ -52,10 +56,13 @@ def start(machine: Machine, work: Path) -> Iterator[Guest]:
     refuse_what_cannot_boot(machine)
     qemu = Path(command.find(arch.qemu, package="qemu-system-x86"))
     chosen = accel.choose(machine.accel, arch, qemu, cache=_cache())
-    work.mkdir(parents=True, exist_ok=True)
     console, log = (work / CONSOLE).absolute(), (work / LOG).absolute()
-    for output in (console, log):
-        output.write_bytes(b"")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        for output in (console, log):
+            output.write_bytes(b"")
+    except OSError as problem:
+        raise HostError(f"cannot write into {work}: {problem.strerror}", hint="name another directory") from problem
     with _run_directory() as run:
         agent = run / "agent.sock"
         options = arguments(machine, console=console, agent=agent, accel=chosen.name, sandbox=_has_seccomp(qemu))
@@ -171,17 +178,42 @@ def _value(path: Path) -> str:
 
 @contextlib.contextmanager
 def _run_directory() -> Iterator[Path]:
-    """A directory for this run's sockets: nobody else's, and short, wherever the results go."""
+    """A directory for this run's sockets: nobody else's, and short, wherever the results go.
+
+    A lock that dies with us tells it from one whose owner was killed; such are taken away here.
+    """
     for parent in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108
         if parent and os.access(parent, os.W_OK | os.X_OK) and len(os.fsencode(parent)) < _SUN_PATH - 40:
             break
     else:
         raise HostError("no directory can be written that is short enough for a socket", hint="set TMPDIR to one")
-    run = Path(tempfile.mkdtemp(prefix="osbuilder-", dir=parent))
+    _sweep(Path(parent))
+    run = Path(tempfile.mkdtemp(prefix=_RUN_PREFIX, dir=parent))
+    with _locked(run):
+        try:
+            yield run
+        finally:
+            shutil.rmtree(run, ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    for left in parent.glob(f"{_RUN_PREFIX}*"):
+        with contextlib.suppress(OSError):  # somebody else's, locked, or just gone
+            found = left.lstat()
+            old = time.time() - found.st_mtime > _RUN_LOCKED_SECONDS
+            if old and stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+                with _locked(left):
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        yield run
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        shutil.rmtree(run, ignore_errors=True)
+        os.close(handle)
 
 
 @functools.cache
