@@ -5,9 +5,44 @@
 
 enum {
     SMALLEST = 1024,
-    KEPT = 64 * 1024, /* capacity that an empty buffer may hold on to */
+    KEPT = 4 * 1024, /* capacity that an empty buffer may hold on to */
+    STEP = 256 * 1024, /* doubling ends here: of a frame of 4 MiB and its header, half of 8 MiB would be air */
     LARGEST = 16 * 1024 * 1024, /* a whole frame in and a whole frame out fit several times */
 };
+
+static size_t held;
+
+size_t buffer_held(void)
+{
+    return held;
+}
+
+/* realloc, so that the C library can move pages instead of having both copies for a moment. */
+static bool resize(struct buffer *buffer, size_t capacity)
+{
+    uint8_t *memory = realloc(buffer->memory, capacity);
+    if (memory == NULL)
+        return false;
+    held = held - buffer->capacity + capacity;
+    buffer->memory = memory;
+    buffer->capacity = capacity;
+    return true;
+}
+
+static void move_to_front(struct buffer *buffer)
+{
+    if (buffer->start > 0 && buffer->size > 0)
+        memmove(buffer->memory, buffer->memory + buffer->start, buffer->size);
+    buffer->start = 0;
+}
+
+static size_t round_up(size_t needed)
+{
+    size_t capacity = SMALLEST;
+    while (capacity < needed && capacity < STEP)
+        capacity *= 2;
+    return needed <= capacity ? capacity : (needed + STEP - 1) / STEP * STEP;
+}
 
 uint8_t *buffer_reserve(struct buffer *buffer, size_t size)
 {
@@ -16,24 +51,11 @@ uint8_t *buffer_reserve(struct buffer *buffer, size_t size)
         return NULL;
     }
     size_t needed = buffer->size + size;
-    if (needed > buffer->capacity) {
-        size_t capacity = buffer->capacity < SMALLEST ? SMALLEST : buffer->capacity;
-        while (capacity < needed)
-            capacity *= 2;
-        uint8_t *memory = malloc(capacity);
-        if (memory == NULL) {
-            buffer->failed = true;
-            return NULL;
-        }
-        if (buffer->size > 0)
-            memcpy(memory, buffer->memory + buffer->start, buffer->size);
-        free(buffer->memory);
-        buffer->memory = memory;
-        buffer->capacity = capacity;
-        buffer->start = 0;
-    } else if (buffer->start + needed > buffer->capacity) {
-        memmove(buffer->memory, buffer->memory + buffer->start, buffer->size);
-        buffer->start = 0;
+    if (buffer->start + needed > buffer->capacity)
+        move_to_front(buffer);
+    if (needed > buffer->capacity && !resize(buffer, round_up(needed))) {
+        buffer->failed = true;
+        return NULL;
     }
     return buffer->memory + buffer->start + buffer->size;
 }
@@ -60,18 +82,19 @@ void buffer_consume(struct buffer *buffer, size_t size)
         size = buffer->size;
     buffer->start += size;
     buffer->size -= size;
-    if (buffer->size == 0) {
+    if (buffer->size == 0)
         buffer->start = 0;
-        if (buffer->capacity > KEPT) {
-            free(buffer->memory);
-            buffer->memory = NULL;
-            buffer->capacity = 0;
-        }
+    if (buffer->size == 0 && buffer->capacity > KEPT) {
+        buffer_reset(buffer);
+    } else if (buffer->capacity > STEP && buffer->size <= buffer->capacity / 4) {
+        move_to_front(buffer);
+        resize(buffer, round_up(buffer->size)); /* if not, it stays big */
     }
 }
 
 void buffer_reset(struct buffer *buffer)
 {
+    held -= buffer->capacity;
     free(buffer->memory);
     *buffer = (struct buffer){0};
 }

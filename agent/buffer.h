@@ -28,5 +28,7 @@ void buffer_consume(struct buffer *buffer, size_t size);
 /* Forget the content and give back the memory. */
 void buffer_reset(struct buffer *buffer);
 struct span buffer_content(const struct buffer *buffer);
+/* The memory of all buffers there are. */
+size_t buffer_held(void);
 
 #endif

@@ -41,8 +41,10 @@ static const struct mount_row base_mounts[] = {
     {"tmpfs", "tmpfs", "/dev/shm", MS_NOSUID | MS_NODEV, "mode=1777"},
     {"devpts", "devpts", "/dev/pts", MS_NOSUID | MS_NOEXEC, "mode=0620,ptmxmode=0666"},
     {"tmpfs", "tmpfs", "/run", MS_NOSUID | MS_NODEV, "mode=0755"},
-    /* Kata's agent mounts version 1 unless the kernel has cgroup_no_v1=all or
-     * systemd.unified_cgroup_hierarchy=1: our kernels have no version 1, so it is 2 either way. */
+    /* Always version 2. Kata's agent mounts version 1 unless the kernel was told cgroup_no_v1=all or
+     * systemd.unified_cgroup_hierarchy=1, and our kernels could do that: they carry MEMCG_V1 and CPUSETS_V1 for it.
+     * But this agent has no container to put into a cgroup; all it needs is the directory, and 2 is one mount
+     * with every controller, whatever the kernel has of version 1. */
     {"cgroup2", "cgroup2", "/sys/fs/cgroup", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RELATIME, "nsdelegate"},
 };
 

@@ -29,23 +29,44 @@
 #define PORT_NAME "agent.channel.0"
 #define PORTS "/sys/class/virtio-ports"
 
+#ifndef AGENT_HALF_FRAME_MS /* tests have less time */
+#define AGENT_HALF_FRAME_MS 30000
+#endif
+
 enum {
     VSOCK_PORT = 1024,
     ENDPOINTS = 40,
     CONNECTIONS = 32, /* of them; the others wait with the kernel, and a port always finds room */
     EVENTS = 16,
-    CHUNK = 64 * 1024,
+    DESERTED = 4096, /* bytes of answers that wait while nobody is there: more than a host's first calls get */
     TURNS = 32, /* reads in a row before the others get their turn */
     /* The kernel hands us a new host's bytes and the news of that host on different ways, so "bytes, but nobody
      * there" may be true for a moment. After this long it was a host that has gone again. */
     SETTLE_MS = 10,
-    /* A host that closes a port in the middle of a frame and another one that opens it within the same few
-     * milliseconds look like one host: the kernel tells the state, not its changes. The rest of such a frame would
-     * swallow what the new one says for ever; so a frame on a port may not stop half way for longer than this. */
-    STALL_MS = 1000,
+    /* A frame on a socket may take so long from its first byte to its last; what takes longer keeps memory and a
+     * place from the others. Not on a port: see below. */
+    HALF_FRAME_MS = AGENT_HALF_FRAME_MS,
+    IDLE_MS = 1000, /* with all places taken, who said nothing whole for so long makes way */
+    LINGER_MS = 1000, /* for a refused host to read why, and not to be hit by a reset before */
     GRACE_MS = 50, /* for an answer that was written to be read by the host before the power goes */
     DRAIN_MS = 2000, /* for a host that does not read its answer at all */
 };
+
+/* When a port is out of step.
+ *
+ * Rule: bytes are taken for a header only if all that came since the host connected was whole frames; and only a
+ * hang-up that the kernel shows - read() gives 0, or POLLHUP after SETTLE_MS - makes the next byte a first one.
+ * So a half frame is never given up because of time. A host that was stopped or suspended in the middle goes on there
+ * hours later, and were its payload taken for frames, a file that it copies could be a DestroySandbox. Where the step
+ * is lost (an absurd length, no memory, answers nobody took), everything up to the hang-up is thrown away.
+ *
+ * Closing and opening the device instead would not help: QEMU keeps its host connected, holds back what that one
+ * sends meanwhile, and hands us the rest of the payload afterwards. Nor would waiting for silence: that is how a
+ * paused payload looks.
+ *
+ * What it costs: the kernel tells the state, not its changes. If one host leaves in the middle of a frame and another
+ * one comes before we were run (some ms), they are one host to us: the second one's first bytes complete the frame.
+ * It hears nothing, or an answer to a stream it did not ask on, and must hang up and stay away for 20 ms. */
 
 enum kind { FREE, LISTENER, SOCKET, PORT, SIGNALS, UEVENTS };
 
@@ -54,15 +75,20 @@ struct endpoint {
     int fd;
     bool again; /* the kernel may have more for us without another edge */
     bool ended; /* SOCKET: the host will send no more */
+    bool shut; /* SOCKET: we will send no more */
+    bool crowded; /* LISTENER: somebody waits for a place */
+    int64_t heard_at; /* SOCKET: when bytes came last */
+    int64_t half_at; /* SOCKET: when the frame that is half here began; 0: none is */
+    uint32_t frames; /* SOCKET: how many there were before that one */
     bool up; /* PORT: a host is known to be there */
     int64_t settle_at; /* PORT: see SETTLE_MS; 0: not waiting */
-    int64_t stall_at; /* PORT: see STALL_MS; counts while a frame is half here */
     struct ttrpc_peer peer;
 };
 
 static struct endpoint endpoints[ENDPOINTS];
 static int epoll = -1;
 static struct endpoint *last_caller; /* whom DestroySandbox was answered to */
+static uint8_t piece[TTRPC_PIECE]; /* what one read gave: only what came takes memory of a connection */
 static bool stopping;
 static bool stopped;
 static int64_t stop_at;
@@ -182,17 +208,13 @@ static void nobody_there(struct endpoint *port)
 /* True: bytes came. False: there are none for now, or the endpoint is gone. */
 static bool fill(struct endpoint *endpoint)
 {
-    struct buffer *in = &endpoint->peer.in;
-    uint8_t *room = buffer_reserve(in, CHUNK);
-    if (room == NULL)
-        return true; /* broken: the next turn sees it */
     ssize_t got;
     do
-        got = read(endpoint->fd, room, CHUNK);
+        got = read(endpoint->fd, piece, sizeof piece);
     while (got < 0 && errno == EINTR);
     if (got > 0) {
-        buffer_commit(in, (size_t)got);
-        endpoint->stall_at = now_ms() + STALL_MS;
+        endpoint->heard_at = now_ms();
+        ttrpc_receive(&endpoint->peer, (struct span){piece, (size_t)got}, endpoint->kind == PORT);
         return true;
     }
     if (got == 0 && endpoint->kind == PORT)
@@ -213,16 +235,42 @@ static void begin_stopping(struct endpoint *caller)
     stop_at = now_ms() + DRAIN_MS;
 }
 
+/* Whatever this host has still to say is thrown away; the hang-up is yet to be read. */
+static void lose(struct endpoint *port)
+{
+    ttrpc_lose(&port->peer);
+    port->up = true;
+}
+
 static void end_broken(struct endpoint *endpoint)
 {
     LOG(LOG_ERROR, SUBSYSTEM, "no memory for a connection: it is given up");
     if (endpoint->kind == PORT)
-        hang_up(endpoint);
+        lose(endpoint);
     else
         drop(endpoint);
 }
 
-static void serve(struct endpoint *endpoint)
+static bool hung_up(const struct endpoint *port)
+{
+    struct pollfd state = {.fd = port->fd};
+    return poll(&state, 1, 0) == 1 && (state.revents & POLLHUP) != 0;
+}
+
+/* The host has left, and its calls are still coming out of the kernel: they must be out of it before the next host is
+ * there. A few answers may be that one's, whose first calls have overtaken the news of it: see nobody_there. */
+static bool deserted(const struct endpoint *endpoint)
+{
+    return endpoint->kind == PORT && endpoint->peer.out.size >= DESERTED && hung_up(endpoint);
+}
+
+static void shut(struct endpoint *socket)
+{
+    socket->shut = true;
+    shutdown(socket->fd, SHUT_WR);
+}
+
+static void converse(struct endpoint *endpoint)
 {
     struct ttrpc_peer *peer = &endpoint->peer;
     endpoint->again = false;
@@ -230,7 +278,8 @@ static void serve(struct endpoint *endpoint)
         bool more = ttrpc_process(peer);
         if (ttrpc_broken(peer)) {
             end_broken(endpoint);
-            return;
+            if (endpoint->kind == FREE)
+                return;
         }
         if (peer->ending && !stopping)
             begin_stopping(endpoint);
@@ -238,6 +287,12 @@ static void serve(struct endpoint *endpoint)
             return;
         if (endpoint == last_caller && peer->out.size == 0 && stop_at > now_ms() + GRACE_MS)
             stop_at = now_ms() + GRACE_MS;
+        if (endpoint->kind == SOCKET && peer->lost && peer->out.size == 0 && !endpoint->shut)
+            shut(endpoint);
+        if (deserted(endpoint)) {
+            lose(endpoint);
+            continue;
+        }
         if (ttrpc_congested(peer) || (endpoint->ended && peer->out.size > 0))
             return; /* the edge of EPOLLOUT brings us back */
         if (more)
@@ -252,24 +307,43 @@ static void serve(struct endpoint *endpoint)
     endpoint->again = true;
 }
 
+/* While answers wait to be read, the frame behind them is not late. */
+static void watch_the_clock(struct endpoint *socket)
+{
+    const struct ttrpc_peer *peer = &socket->peer;
+    if (!peer->lost && (!ttrpc_half_way(peer) || ttrpc_congested(peer)))
+        socket->half_at = 0;
+    else if (socket->half_at == 0 || socket->frames != peer->frames)
+        socket->half_at = now_ms();
+    socket->frames = peer->frames;
+}
+
+static void serve(struct endpoint *endpoint)
+{
+    converse(endpoint);
+    if (endpoint->kind == SOCKET)
+        watch_the_clock(endpoint);
+}
+
 static void settle(struct endpoint *port)
 {
-    struct pollfd state = {.fd = port->fd};
     port->settle_at = 0;
-    if (poll(&state, 1, 0) == 1 && (state.revents & POLLHUP) != 0)
+    if (hung_up(port))
         hang_up(port);
 }
 
-static bool half_way(const struct endpoint *endpoint)
+/* When a socket is given up for having been half way too long; INT64_MAX: it is not. */
+static int64_t late_at(const struct endpoint *endpoint)
 {
-    const struct ttrpc_peer *peer = &endpoint->peer;
-    return endpoint->kind == PORT && ttrpc_half_way(peer) && !ttrpc_congested(peer);
+    if (endpoint->kind != SOCKET || endpoint->half_at == 0)
+        return INT64_MAX;
+    return endpoint->half_at + (endpoint->peer.lost ? LINGER_MS : HALF_FRAME_MS);
 }
 
-static void give_up_frame(struct endpoint *port)
+static void give_up(struct endpoint *socket)
 {
-    LOG(LOG_WARN, SUBSYSTEM, "half a frame was left over: dropped");
-    ttrpc_forget(&port->peer);
+    LOG(LOG_WARN, SUBSYSTEM, "a host was half way through a frame for too long: disconnected");
+    drop(socket);
 }
 
 /* --- listeners --- */
@@ -285,10 +359,52 @@ static bool listening(int fd, const char *address)
     return true;
 }
 
+/* When a socket may be dropped for somebody who waits; INT64_MAX: it is in good use. */
+static int64_t spare_at(const struct endpoint *endpoint)
+{
+    if (endpoint->kind != SOCKET || (endpoint->frames > 0 && endpoint->half_at == 0))
+        return INT64_MAX;
+    return endpoint->heard_at + IDLE_MS;
+}
+
+static struct endpoint *most_spare(void)
+{
+    struct endpoint *found = &endpoints[0];
+    for (size_t i = 1; i < ENDPOINTS; i++)
+        if (spare_at(&endpoints[i]) < spare_at(found))
+            found = &endpoints[i];
+    return found;
+}
+
+static bool make_room(void)
+{
+    struct endpoint *spare = most_spare();
+    if (spare_at(spare) > now_ms())
+        return false;
+    LOG(LOG_WARN, SUBSYSTEM, "too many connections: one that said nothing whole made way");
+    drop(spare);
+    return true;
+}
+
+static bool somebody_waits(const struct endpoint *listener)
+{
+    struct pollfd state = {.fd = listener->fd, .events = POLLIN};
+    return poll(&state, 1, 0) == 1;
+}
+
 static void accept_all(struct endpoint *listener)
 {
     listener->again = false;
-    while (count(SOCKET) < CONNECTIONS) {
+    listener->crowded = false;
+    for (;;) {
+        if (count(SOCKET) >= CONNECTIONS) {
+            if (!somebody_waits(listener))
+                return;
+            if (!make_room()) {
+                listener->crowded = true;
+                return;
+            }
+        }
         int fd = accept4(listener->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (fd < 0 && (errno == EINTR || errno == ECONNABORTED))
             continue;
@@ -297,9 +413,12 @@ static void accept_all(struct endpoint *listener)
                 warn("cannot accept a connection");
             return;
         }
-        if (add_stream(SOCKET, fd) == NULL) {
+        struct endpoint *added = add_stream(SOCKET, fd);
+        if (added == NULL) {
             warn("cannot keep a connection");
             close(fd);
+        } else {
+            added->heard_at = now_ms();
         }
     }
 }
@@ -477,8 +596,9 @@ static int due(void)
             return 0;
         if (endpoint->settle_at != 0)
             earliest(&next, endpoint->settle_at);
-        if (half_way(endpoint))
-            earliest(&next, endpoint->stall_at);
+        if (endpoint->crowded)
+            earliest(&next, spare_at(most_spare()));
+        earliest(&next, late_at(endpoint));
     }
     if (next == INT64_MAX)
         return -1;
@@ -490,12 +610,12 @@ static void do_what_is_due(void)
 {
     for (size_t i = 0; i < ENDPOINTS; i++) {
         struct endpoint *endpoint = &endpoints[i];
-        if (endpoint->again)
+        if (endpoint->again || endpoint->crowded)
             dispatch(endpoint);
         if (endpoint->settle_at != 0 && endpoint->settle_at <= now_ms())
             settle(endpoint);
-        if (half_way(endpoint) && endpoint->stall_at <= now_ms())
-            give_up_frame(endpoint);
+        if (late_at(endpoint) <= now_ms())
+            give_up(endpoint);
     }
     if (stopping && stop_at <= now_ms())
         stopped = true;

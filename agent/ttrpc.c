@@ -12,7 +12,15 @@ enum {
     HEADER = 10,
     TYPE_REQUEST = 1,
     TYPE_RESPONSE = 2,
-    ENOUGH_WAITING = 256 * 1024,
+    ENOUGH_WAITING = 64 * 1024,
+    /* Above this a frame that is too big is not waited for: the announced 4 GiB may never come, and a length like
+     * that is no length at all but something that stands where one should. Go's client does not send above 4 MiB. */
+    HOPELESS = 16 * 1024 * 1024,
+    /* A guest may have 256 MiB, and the kernel kills PID 1 for want of them as well. Frames beyond SMALL share this
+     * budget; the port's may go beyond it, once: 16 MiB together. SMALL ones always pass, so that 32 hosts with half
+     * a big frame each cannot keep the others from a health check. */
+    BUDGET = 12 * 1024 * 1024,
+    SMALL = TTRPC_PIECE,
     LONGEST_QUOTED = 100, /* of a name that a host sent, in an answer */
 };
 
@@ -209,49 +217,92 @@ static void handle(struct ttrpc_peer *peer, const struct frame *frame)
         call_method(peer, frame->stream, &request);
 }
 
-static void begin_discarding(struct ttrpc_peer *peer, const struct frame *frame)
+static struct frame read_header(const struct ttrpc_peer *peer)
 {
-    buffer_consume(&peer->in, HEADER);
-    peer->discarding = frame->size;
-    peer->discarded_stream = frame->stream;
-    peer->discarded_request = frame->type == TYPE_REQUEST;
-    if (!peer->discarded_request)
-        ignore(frame->stream, frame->type);
+    const uint8_t *at = buffer_content(&peer->in).data;
+    return (struct frame){.size = get_u32(at), .stream = get_u32(at + 4), .type = at[8]};
 }
 
-/* False: the frame goes on in bytes that have not come yet. */
-static bool discard(struct ttrpc_peer *peer)
+static void end_discarding(struct ttrpc_peer *peer)
 {
-    size_t size = peer->in.size < peer->discarding ? peer->in.size : peer->discarding;
-    buffer_consume(&peer->in, size);
-    peer->discarding -= size;
-    if (peer->discarding > 0)
-        return false;
+    peer->frames++;
     if (peer->discarded_request)
-        refuse(peer, peer->discarded_stream, TTRPC_INVALID_ARGUMENT, "the frame is larger than 4 MiB");
-    return true;
+        refuse(peer, peer->discarded_stream, peer->discarded_status, peer->discarded_reason);
+}
+
+static void begin_discarding(struct ttrpc_peer *peer, enum ttrpc_status status, const char *reason)
+{
+    struct frame frame = read_header(peer);
+    buffer_consume(&peer->in, HEADER);
+    peer->discarding = frame.size;
+    peer->discarded_stream = frame.stream;
+    peer->discarded_request = frame.type == TYPE_REQUEST;
+    peer->discarded_status = status;
+    peer->discarded_reason = reason;
+    if (!peer->discarded_request)
+        ignore(frame.stream, frame.type);
+    if (frame.size > HOPELESS) {
+        end_discarding(peer);
+        buffer_reset(&peer->in);
+        peer->discarding = 0;
+        peer->lost = true;
+    }
+}
+
+/* How many of these bytes belong to the frame that is read over; its end is answered. */
+static size_t discard(struct ttrpc_peer *peer, size_t have)
+{
+    size_t size = have < peer->discarding ? have : peer->discarding;
+    peer->discarding -= size;
+    if (peer->discarding == 0)
+        end_discarding(peer);
+    return size;
+}
+
+static bool has_room(const struct ttrpc_peer *peer, size_t size, bool entitled)
+{
+    return entitled || peer->in.size + size <= SMALL || buffer_held() + size <= BUDGET;
+}
+
+void ttrpc_receive(struct ttrpc_peer *peer, struct span bytes, bool entitled)
+{
+    if (peer->lost)
+        return;
+    if (peer->discarding == 0 && peer->in.size >= HEADER) {
+        if (has_room(peer, bytes.size, entitled))
+            buffer_append(&peer->in, bytes.data, bytes.size);
+        else
+            peer->in.failed = true;
+        if (!peer->in.failed)
+            return;
+        peer->in.failed = false;
+        begin_discarding(peer, TTRPC_RESOURCE_EXHAUSTED, "no memory for so large a frame now");
+        buffer_consume(&peer->in, discard(peer, peer->in.size));
+    }
+    size_t over = peer->discarding > 0 ? discard(peer, bytes.size) : 0;
+    buffer_append(&peer->in, bytes.data + over, bytes.size - over);
+    if (peer->in.failed)
+        ttrpc_lose(peer);
 }
 
 bool ttrpc_process(struct ttrpc_peer *peer)
 {
     while (!ttrpc_congested(peer) && !ttrpc_broken(peer)) {
-        if (peer->discarding > 0) {
-            if (!discard(peer))
-                return false;
-            continue;
-        }
+        if (peer->discarding > 0)
+            buffer_consume(&peer->in, discard(peer, peer->in.size));
         struct span in = buffer_content(&peer->in);
-        if (in.size < HEADER)
+        if (in.size < HEADER || peer->discarding > 0)
             return false;
-        struct frame frame = {.size = get_u32(in.data), .stream = get_u32(in.data + 4), .type = in.data[8]};
+        struct frame frame = read_header(peer);
         if (frame.size > TTRPC_LARGEST) {
-            begin_discarding(peer, &frame);
+            begin_discarding(peer, TTRPC_INVALID_ARGUMENT, "the frame is larger than 4 MiB");
             continue;
         }
         if (in.size - HEADER < frame.size)
             return false;
         frame.payload = (struct span){in.data + HEADER, frame.size};
         handle(peer, &frame);
+        peer->frames++;
         buffer_consume(&peer->in, HEADER + (size_t)frame.size);
     }
     return true;
@@ -264,12 +315,12 @@ bool ttrpc_congested(const struct ttrpc_peer *peer)
 
 bool ttrpc_broken(const struct ttrpc_peer *peer)
 {
-    return peer->in.failed || peer->out.failed;
+    return peer->out.failed;
 }
 
 bool ttrpc_idle(const struct ttrpc_peer *peer)
 {
-    return !ttrpc_half_way(peer) && peer->out.size == 0;
+    return !ttrpc_half_way(peer) && !peer->lost && peer->out.size == 0;
 }
 
 bool ttrpc_half_way(const struct ttrpc_peer *peer)
@@ -277,10 +328,12 @@ bool ttrpc_half_way(const struct ttrpc_peer *peer)
     return peer->in.size > 0 || peer->discarding > 0;
 }
 
-void ttrpc_forget(struct ttrpc_peer *peer)
+void ttrpc_lose(struct ttrpc_peer *peer)
 {
-    buffer_reset(&peer->in);
-    peer->discarding = 0;
+    bool ending = peer->ending;
+    ttrpc_reset(peer);
+    peer->ending = ending;
+    peer->lost = true;
 }
 
 void ttrpc_written(struct ttrpc_peer *peer, size_t size)

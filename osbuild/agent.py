@@ -151,4 +151,6 @@ def install_agent(rootfs: Rootfs, agent: File) -> Rootfs:
         draft.put(above, directory(mtime_ns=now))
     draft.put(INIT, regular(data, 0o755, mtime_ns=now))
     draft.put("/init", symlink(INIT, mtime_ns=now))
-    return dataclasses.replace(rootfs, tree=draft.tree(), init=INIT, agent=f"{NAME} {agent_version(data)}")
+    return dataclasses.replace(
+        rootfs, tree=draft.tree(), init=INIT, agent=f"{NAME} {agent_version(data)}", agent_sha256=agent.sha256
+    )

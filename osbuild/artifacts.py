@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from osbuild.tree import Tree
@@ -37,6 +38,7 @@ class Rootfs:
     init: str  # absolute path in the guest of what the kernel starts
     epoch: int  # seconds since 1970: the time of everything that we add
     agent: str = ""  # name and version of the agent in it; empty before one is installed
+    agent_sha256: str = ""  # of its binary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,9 @@ class Initrd:
     file: File
     compression: str
     unpacked: int  # bytes of the archive before compression
+    entries: int = 0  # what it holds; the guest's tmpfs counts them
+    resident: int = 0  # bytes of memory that its files take there: whole pages
+    lost_xattrs: int = 0  # inodes whose extended attributes the format cannot hold
     words: tuple[str, ...] = ()
 
 
@@ -70,3 +75,4 @@ class Kernel:
     arch: str  # a name of arch.ARCHES
     key: str  # sha256 over everything that went in
     cached: bool  # nothing was compiled this time
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # JSON: what the key was made from

@@ -200,6 +200,10 @@ GUEST: Final = (
     ),
     _row("panic", rf"^.*{_PANIC}(?P<why>.*)$", "the guest's kernel panicked: {why}"),
     _row(
+        "filesystem-damaged", r"^.*(?:EXT4-fs error|erofs: .*(?:corrupted|bogus)|XFS.*[Cc]orruption).*$",
+        "the root filesystem is damaged", "build it again, and look for what wrote to the image",
+    ),
+    _row(
         "oops", r"^.*(?:BUG: unable to handle|BUG: kernel NULL pointer|general protection fault|Oops: ).*$",
         "the guest's kernel stumbled over a bug (an oops)",
     ),
@@ -212,6 +216,10 @@ GUEST: Final = (
         "the guest switched itself off", "look at the console's last lines before it for who asked",
     ),
 )  # fmt: skip
+
+_ALWAYS_BAD: Final = frozenset(
+    ("initrd-memory", "initrd-compression", "initrd-damaged", "filesystem-damaged", "verity", "oops", "panic", "oom")
+)
 
 _PHASES: Final[Mapping[Phase, re.Pattern[str]]] = {
     Phase.agent: re.compile(r'"msg":"agent started"'),
@@ -233,6 +241,11 @@ def explain(evidence: Evidence) -> Cause:
         return _by_outcome(evidence)
     # In a guest that still runs, a line that would explain its end is a guess about its silence.
     return shown if evidence.ended else dataclasses.replace(shown, certain=False)
+
+
+def trouble(evidence: Evidence) -> Cause | None:
+    """What a kernel says only when something is broken, even if the guest went on."""
+    return _first(tuple(row for row in GUEST if row.name in _ALWAYS_BAD), evidence.console)
 
 
 def console_text(path: Path) -> str:

@@ -182,7 +182,9 @@ def kernel_build(
     show = console.Show(quiet=quiet)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    made = pipeline.make_kernel(spec, default_cache(), show, out.absolute() if out else None)
+    made = pipeline.make_kernel(spec, default_cache(), show)
+    if out is not None:
+        made = pipeline.copy_kernel(made, out.absolute())
     about = {"release": made.release, "arch": made.arch, "key": made.key, "cached": made.cached}
     files = {name: getattr(made, name) for name in ("vmlinux", "vmlinuz", "config")}
     if as_json:

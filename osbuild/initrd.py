@@ -25,6 +25,7 @@ from osbuild.tree import PATH_MAX, Entry, Tree, quote
 LEVEL: Final = 3
 _BATCH: Final = 4 << 20
 _SIZE_MAX: Final = (1 << 32) - 1
+_PAGE: Final = 4096
 _TRAILER: Final = "TRAILER!!!"
 
 
@@ -59,7 +60,15 @@ def build_initrd(rootfs: Rootfs, out: Path, *, compress: str = "zstd") -> Initrd
             unpacked += len(batch)
             file.write(compressor.compress(batch))
         file.write(compressor.flush())
-    return Initrd(file=File.of(out), compression=compress, unpacked=unpacked)
+    inodes = rootfs.tree.names()
+    return Initrd(
+        file=File.of(out),
+        compression=compress,
+        unpacked=unpacked,
+        entries=len(rootfs.tree),
+        resident=sum(entry.content.size + -entry.content.size % _PAGE for entry in inodes),
+        lost_xattrs=sum(bool(entry.xattrs) for entry in inodes),
+    )
 
 
 def check(tree: Tree) -> None:

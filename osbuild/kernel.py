@@ -365,4 +365,5 @@ def _kernel_in(home: Path, *, cached: bool) -> Kernel:
         arch=record["arch"],
         key=record["key"],
         cached=cached,
+        inputs=record["inputs"],
     )

@@ -31,9 +31,14 @@ def write(
         "config": _measures(kernel.config),
     }
     for name, root in roots.items():
-        about: Json = {"compression": root.compression, "unpacked": root.unpacked} if isinstance(root, Initrd) else {
-            "filesystem": root.filesystem, "dax": root.dax,
-        }  # fmt: skip
+        about: Json
+        if isinstance(root, Initrd):
+            about = {
+                "compression": root.compression, "unpacked": root.unpacked, "entries": root.entries,
+                "resident": root.resident, "lost_xattrs": root.lost_xattrs,
+            }  # fmt: skip
+        else:
+            about = {"filesystem": root.filesystem, "dax": root.dax}
         outputs[NAMES[name]] = _measures(root.file) | about | {"words": list(root.words)}
     document = {
         "schema": "osbuilder.manifest", "version": 1, "osbuilder": osbuild.__version__,
@@ -53,8 +58,8 @@ def write_lock(out: Path, spec: BuildSpec, rootfs: Rootfs, kernel: Kernel, image
             "digest": image.digest,
             "layers": [layer.diff_id for layer in image.layers],
         },
-        "agent": rootfs.agent,
-        "kernel": kernel.key,
+        "agent": {"name": rootfs.agent, "sha256": rootfs.agent_sha256},
+        "kernel": {"key": kernel.key, "inputs": kernel.inputs},
         "options": {
             "arch": spec.arch.name, "kinds": list(spec.kinds), "filesystem": spec.filesystem,
             "compress": spec.compress, "align": spec.align, "features": list(spec.features),
@@ -64,8 +69,11 @@ def write_lock(out: Path, spec: BuildSpec, rootfs: Rootfs, kernel: Kernel, image
     write_whole(out / LOCK, _encode(document))
 
 
-def read(out: Path) -> tuple[Kernel, dict[str, DiskImage | Initrd]]:
-    """A build as it lies in a directory. InputError when it is not finished, or a file is not what it was."""
+def read(out: Path) -> tuple[Kernel, dict[str, DiskImage | Initrd], str]:
+    """A build as it lies in a directory: kernel, roots, and which agent is in them.
+
+    InputError when it is not finished, or a file is not what it was.
+    """
     where = quote(str(out))
     try:
         document = parse_json((out / MANIFEST).read_bytes(), f"{where}/{MANIFEST}")
@@ -74,7 +82,7 @@ def read(out: Path) -> tuple[Kernel, dict[str, DiskImage | Initrd]]:
             f"{where} holds no finished build: {MANIFEST}: {problem.strerror}", hint="osbuilder build IMAGE -o DIR"
         ) from None
     try:
-        outputs = document["outputs"]
+        outputs, agent = document["outputs"], str(document["agent"])
         about = document["kernel"]
         kernel = Kernel(
             vmlinux=_checked(out, "vmlinux", outputs["vmlinux"]),
@@ -89,13 +97,14 @@ def read(out: Path) -> tuple[Kernel, dict[str, DiskImage | Initrd]]:
         }
     except (KeyError, TypeError, ValueError) as problem:
         raise InputError(f"{where}/{MANIFEST} is not one of ours: {quote(str(problem))}") from None
-    return kernel, roots
+    return kernel, roots, agent
 
 
 def _root(file: File, about: Json) -> DiskImage | Initrd:
     words = tuple(str(word) for word in about["words"])
     if "compression" in about:
-        return Initrd(file=file, compression=str(about["compression"]), unpacked=int(about["unpacked"]), words=words)
+        numbers = {name: int(about[name]) for name in ("unpacked", "entries", "resident", "lost_xattrs")}
+        return Initrd(file=file, compression=str(about["compression"]), words=words, **numbers)
     return DiskImage(file=file, filesystem=str(about["filesystem"]), dax=bool(about["dax"]), words=words)
 
 

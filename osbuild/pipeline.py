@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import datetime
-import fcntl
-import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,25 +11,22 @@ from typing import Any, Final
 from osbuild import manifest, smoke
 from osbuild.agent import build_agent, install_agent
 from osbuild.arch import MIB
-from osbuild.artifacts import DiskImage, File, Initrd, Kernel, Rootfs
+from osbuild.artifacts import DiskImage, Initrd, Kernel, Rootfs
 from osbuild.cache import Cache
 from osbuild.console import Show, size_text
-from osbuild.errors import HostError, SpecError
 from osbuild.filesystem import FILESYSTEMS
 from osbuild.initrd import build_initrd
 from osbuild.kernel import build_kernel, default_spec
-from osbuild.manifest import LOCK, MANIFEST, NAMES
+from osbuild.manifest import NAMES
 from osbuild.nvdimm_image import build_nvdimm_image, filesystem_start
-from osbuild.output import sync_directory, writing
 from osbuild.report import Report, SmokeReport, Verdict
 from osbuild.rootfs import assemble_rootfs
-from osbuild.runtime.base import Machine
+from osbuild.runtime.base import Machine, least_memory
 from osbuild.sources import open_image
 from osbuild.sources.image import SourceImage
 from osbuild.spec import BuildSpec, GuestSpec
-from osbuild.tree import quote
+from osbuild.workspace import copy_file, locked, sweep, workspace
 
-_OURS: Final = frozenset((*NAMES.values(), "vmlinux", "vmlinuz", "config", MANIFEST, LOCK, "smoke"))
 _LEAST_MEMORY_MIB: Final = 256  # the least Kata gives a guest
 
 
@@ -47,13 +40,18 @@ class Build:
 
 
 def build(spec: BuildSpec, cache: Cache, show: Show) -> Build:
-    """All of it. The report says whether the guests were right; everything else that goes wrong is raised."""
+    """All of it. The report says whether the guests were right; everything else that goes wrong is raised.
+
+    What an earlier build left in the directory goes when everything that goes into this one is there, not before.
+    """
     with workspace(spec.out) as out:
         with show.step(f"opening {spec.image}", name="open") as step:
             image = open_image(spec.image, spec.arch)
             step.note = f"{len(image.layers)} layers"
         rootfs = make_rootfs(spec, image, cache, show)
-        kernel = make_kernel(spec, cache, show, out)
+        kernel = make_kernel(spec, cache, show)
+        sweep(out)
+        kernel = copy_kernel(kernel, out)
         roots: dict[str, DiskImage | Initrd] = {}
         if "image" in spec.kinds:
             roots["image"] = make_image(spec, rootfs, out / NAMES["image"], show)
@@ -61,7 +59,7 @@ def build(spec: BuildSpec, cache: Cache, show: Show) -> Build:
             roots["initrd"] = make_initrd(spec, rootfs, out / NAMES["initrd"], show)
         report = None
         if spec.smoke:
-            boots = tuple(boot(spec.guest, kernel, name, root, out, show) for name, root in roots.items())
+            boots = tuple(boot(spec.guest, kernel, name, root, out, rootfs.agent, show) for name, root in roots.items())
             report = Report(boots=boots)
             report.write(out / "smoke")
         manifest.write_lock(out, spec, rootfs, kernel, image)
@@ -72,9 +70,9 @@ def build(spec: BuildSpec, cache: Cache, show: Show) -> Build:
 def boot_again(out: Path, wishes: GuestSpec, show: Show) -> Report:
     """Boot what an earlier build made. InputError when there is no such build, or its files are not what it wrote."""
     with show.step(f"checking {out}", name="check"):
-        kernel, roots = manifest.read(out)
+        kernel, roots, agent = manifest.read(out)
     with locked(out):
-        boots = tuple(boot(wishes, kernel, name, root, out.absolute(), show) for name, root in roots.items())
+        boots = tuple(boot(wishes, kernel, name, root, out.absolute(), agent, show) for name, root in roots.items())
         report = Report(boots=boots)
         report.write(out / "smoke")
     return report
@@ -107,30 +105,37 @@ def make_initrd(spec: BuildSpec, rootfs: Rootfs, out: Path, show: Show) -> Initr
     with show.step(f"writing {out.name}", name="initrd") as step:
         initrd = build_initrd(rootfs, out, compress=spec.compress)
         step.note = f"{spec.compress}, {size_text(initrd.file.size)}"
+        if initrd.lost_xattrs:  # newc has no place for them
+            step.note += f"; {initrd.lost_xattrs} files without their extended attributes"
     return initrd
 
 
-def make_kernel(spec: BuildSpec, cache: Cache, show: Show, out: Path | None = None) -> Kernel:
-    """The kernel; with `out`, copied there from the cache."""
+def make_kernel(spec: BuildSpec, cache: Cache, show: Show) -> Kernel:
+    """The kernel, as it lies in the cache."""
     with show.step("building the kernel", name="kernel") as step:
         wanted = default_spec(spec.arch, features=spec.features, source=spec.kernel_source)
         kernel = build_kernel(wanted, cache, show=step.advance)
         step.note = f"{kernel.release}, {'from the cache' if kernel.cached else 'compiled'}"
-        if out is None:
-            return kernel
-        return Kernel(
-            vmlinux=_copy(kernel.vmlinux, out / "vmlinux"),
-            vmlinuz=_copy(kernel.vmlinuz, out / "vmlinuz"),
-            config=_copy(kernel.config, out / "config"),
-            release=kernel.release, arch=kernel.arch, key=kernel.key, cached=kernel.cached,
-        )  # fmt: skip
+    return kernel
 
 
-def boot(wishes: GuestSpec, kernel: Kernel, name: str, root: DiskImage | Initrd, out: Path, show: Show) -> SmokeReport:
+def copy_kernel(kernel: Kernel, out: Path) -> Kernel:
+    """The same kernel in a directory of the user's."""
+    return dataclasses.replace(
+        kernel,
+        vmlinux=copy_file(kernel.vmlinux, out / "vmlinux"),
+        vmlinuz=copy_file(kernel.vmlinuz, out / "vmlinuz"),
+        config=copy_file(kernel.config, out / "config"),
+    )
+
+
+def boot(
+    wishes: GuestSpec, kernel: Kernel, name: str, root: DiskImage | Initrd, out: Path, agent: str, show: Show
+) -> SmokeReport:
     """Boot one root and ask its agent; a guest that fails is a report, not an error."""
     machine = Machine(
         kernel=kernel, root=root, memory_mib=wishes.memory_mib or memory_for(root, kernel), cpus=wishes.cpus,
-        accel=wishes.accel,
+        accel=wishes.accel, agent=agent,
     )  # fmt: skip
     with show.step(f"booting the {name}", name=f"boot {name}") as step:
         report = smoke.run(machine, out / "smoke" / name, name=name, seconds=wishes.seconds)
@@ -140,73 +145,11 @@ def boot(wishes: GuestSpec, kernel: Kernel, name: str, root: DiskImage | Initrd,
 
 
 def memory_for(root: DiskImage | Initrd, kernel: Kernel) -> int:
-    """MiB that a guest gets when nobody says how much: an initramfs needs room for itself twice while it unpacks."""
+    """MiB that a guest gets when nobody says how much: what it cannot do without, and room to breathe."""
+    needed = least_memory(root, kernel)
     if isinstance(root, DiskImage):
-        return _LEAST_MEMORY_MIB
-    needed = 2 * root.unpacked + root.file.size + kernel.vmlinux.size
+        return _LEAST_MEMORY_MIB + -(-needed // MIB)
     return max(_LEAST_MEMORY_MIB, -(-needed // (64 * MIB)) * 64 + 64)
-
-
-@contextlib.contextmanager
-def workspace(out: Path) -> Iterator[Path]:
-    """The output directory, ours alone for the length of the block, without what an earlier or killed build left."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise SpecError(f"{quote(str(out))} exists and is not a directory", hint="name another with -o") from None
-    except OSError as problem:
-        raise HostError(f"cannot make {quote(str(out))}: {problem.strerror}", hint="name another with -o") from problem
-    with locked(out):
-        _sweep(out)
-        yield out.absolute()
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Nobody else builds or boots in this directory meanwhile; the lock dies with its process."""
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise HostError(f"{quote(str(out))} cannot be written to", hint="name another directory")
-    handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise HostError(f"another osbuilder is at work in {quote(str(out))}") from None
-    finally:
-        os.close(handle)
-
-
-def _sweep(out: Path) -> None:
-    names = sorted(os.listdir(out))
-    strange = [name for name in names if name not in _OURS and not _is_temporary(name)]
-    if strange:
-        raise SpecError(
-            f"{quote(str(out))} holds {quote(strange[0])}, which is no output of ours",
-            hint="name an empty directory, or one of an earlier build, with -o",
-        )
-    (out / MANIFEST).unlink(missing_ok=True)  # first: from now on nothing here is proof of anything
-    sync_directory(out)
-    for name in names:
-        path = out / name
-        if path.is_symlink() or not path.is_dir():
-            path.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(path)
-
-
-def _is_temporary(name: str) -> bool:
-    return any(name.startswith(f".{ours}.") for ours in _OURS)
-
-
-def _copy(file: File, out: Path) -> File:
-    with writing(out) as descriptor, file.path.open("rb") as source:
-        offset = 0
-        while offset < file.size:
-            done = os.copy_file_range(source.fileno(), descriptor, file.size - offset)
-            if done == 0:
-                break
-            offset += done
-    return File(path=out, size=file.size, sha256=file.sha256)
 
 
 def _created(image: SourceImage) -> int:

@@ -29,6 +29,7 @@ _LINE_SECONDS: Final = 2.0  # a line written before the agent answered is on the
 _POWEROFF_SECONDS: Final = 10.0
 _CONNECT_SECONDS: Final = 0.2
 _CALL_SECONDS: Final = 10.0  # for an agent that answered before
+_NOT_REACHED: Final = "not reached"
 
 
 class Wrong(Exception):  # noqa: N818 - a finding, not an error
@@ -56,6 +57,7 @@ def run(
         session = Session(machine=machine, guest=guest, watcher=watcher, deadline=guest.started + seconds)
         checks = session.go_through(CHECKS)
         evidence = watcher.finish(answered=checks[0].verdict is Verdict.passed, gone=session.gone)
+    checks.append(_console_is_clean(evidence, lost=session.lost))
     checks.append(_unchanged(before, _stamps(machine)))
     took = time.monotonic() - guest.started
     cause = autopsy.explain(evidence) if session.lost else None
@@ -115,7 +117,7 @@ class Session:
     def _look(self, name: str, function: CheckFunction) -> Check:
         began = time.monotonic()
         if self.lost:
-            return Check(name=name, verdict=Verdict.unknown, detail="not reached")
+            return Check(name=name, verdict=Verdict.unknown, detail=_NOT_REACHED)
         try:
             verdict, detail = Verdict.passed, function(self)
         except Wrong as problem:
@@ -154,6 +156,9 @@ def agent_answers(session: Session) -> str:
 
 def agent_version(session: Session) -> str:
     version = session.client.version(seconds=min(_CALL_SECONDS, session.left))
+    wanted = session.machine.agent.rpartition(" ")[2]
+    if wanted and version.agent != wanted:
+        raise Wrong(f"the agent that answers is {version.agent}, not the {wanted} that was put in")
     return f"{version.agent}, interface {version.grpc}"
 
 
@@ -182,6 +187,9 @@ def judge_root(root: DiskImage | Initrd, fields: Mapping[str, Any]) -> str:
         return said
     if kind != root.filesystem:
         raise Wrong(f"the root is not {root.filesystem} but {said}")
+    wanted = next((word.partition("=")[2] for word in root.words if word.startswith("root=/dev/")), "")
+    if wanted and device.startswith("/dev/") and device not in (wanted, "/dev/root"):
+        raise Wrong(f"the root is not on {wanted} but {said}")
     if "ro" not in options:
         raise Wrong(f"the root can be written to: {said}")
     if root.dax and not {"dax", "dax=always"} & set(options):
@@ -210,6 +218,8 @@ def powers_off(session: Session) -> str:
         raise Wrong(f"the guest is still there {_POWEROFF_SECONDS:g} s after it was told to power off")
     if end.status != 0:
         raise Wrong(f"the VMM ended with status {end.status}")
+    if not end.leaving:
+        raise Wrong("the VMM ended, but the guest's kernel never said that it would power off")
     return "the VMM ended by itself"
 
 
@@ -245,6 +255,16 @@ def _stamps(machine: Machine) -> dict[Path, _Stamp]:
     return stamps
 
 
+def _console_is_clean(evidence: autopsy.Evidence, *, lost: bool) -> Check:
+    """A guest may answer well and still have lost half of its root: the kernel says so on the console only."""
+    if lost:  # then the console was asked for the cause
+        return Check(name="console", verdict=Verdict.unknown, detail=_NOT_REACHED)
+    trouble = autopsy.trouble(evidence)
+    if trouble is not None:
+        return Check(name="console", verdict=Verdict.failed, detail=f"{trouble.sentence}: {trouble.line}")
+    return Check(name="console", verdict=Verdict.passed, detail="the kernel complains of nothing")
+
+
 def _unchanged(before: Mapping[Path, _Stamp], after: Mapping[Path, _Stamp]) -> Check:
     changed = sorted(str(path) for path in before if before[path] != after.get(path))
     if changed:
@@ -258,7 +278,7 @@ _NOT_THE_GUEST: Final = frozenset({"vmm-killed"})
 
 def _blame(check: Check, cause: Cause) -> Check:
     """The check that lost the guest says why, once the console has said it."""
-    if check.verdict is Verdict.passed or check.detail == "not reached":
+    if check.verdict is Verdict.passed or check.detail == _NOT_REACHED:
         return check
     verdict = check.verdict
     if cause.name in _NOT_THE_GUEST:

@@ -35,6 +35,7 @@ _SIGHTS: Final[Mapping[str, re.Pattern[bytes]]] = {
     "init": re.compile(rb"^\[ *(?P<guest>\d+\.\d{6})\] Run \S+ as init process"),
     "panic": re.compile(rb"^(?:\[ *(?P<guest>\d+\.\d{6})\] )?Kernel panic - not syncing"),
     # Machines without ACPI cannot be switched off by a guest, only halted.
+    "leaving": re.compile(rb"^\[ *(?P<guest>\d+\.\d{6})\] reboot: (?:Power down|Restarting system|machine restart)"),
     "halted": re.compile(rb"^\[ *(?P<guest>\d+\.\d{6})\] reboot: (?:Power off not available: )?System halted"),
 }
 
@@ -44,6 +45,7 @@ class End:
     """How a guest ended."""
 
     status: int | None  # the VMM's; None: it is still there
+    leaving: bool  # its kernel said that it powers off or restarts
     halted: bool
     panicked: bool
 
@@ -106,7 +108,8 @@ class Watcher:
             self.record("powered off")
         self._drain()
         status = self._guest.process.poll()
-        return End(status=status, halted="halted" in self._events, panicked="panic" in self._events)
+        seen = {name: name in self._events for name in ("halted", "leaving")}
+        return End(status=status, panicked="panic" in self._events, **seen)
 
     def finish(self, *, answered: bool, gone: bool) -> autopsy.Evidence:
         """Stop watching, see everything that was still written, and say what is left of the guest."""

@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 MIB: Final = 1 << 20
-OK, UNKNOWN, INVALID_ARGUMENT, UNIMPLEMENTED = 0, 2, 3, 12
+OK, UNKNOWN, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED = 0, 2, 3, 8, 12
 SANITIZERS: Final = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 CHECK: Final = bytes.fromhex("000000140000000101000a0b677270632e4865616c74681205436865636b")
@@ -193,6 +193,9 @@ class Agent:
     def messages(self) -> list[str]:
         return [line["msg"] for line in self.lines()]
 
+    def peak_kib(self) -> int:
+        return int((Path("/proc") / str(self.process.pid) / "status").read_text().split("VmHWM:")[1].split()[0])
+
 
 def wait_for(path: Path) -> None:
     deadline = time.monotonic() + 20
@@ -204,17 +207,23 @@ def wait_for(path: Path) -> None:
     raise AssertionError("the agent did not listen")
 
 
-@pytest.fixture
-def agent(program: Path, tmp_path: Path) -> Iterator[Agent]:
+@contextlib.contextmanager
+def running(program: Path, log: Path) -> Iterator[Agent]:
     # Not below tmp_path: the path of a socket has to fit into 108 bytes.
     with tempfile.TemporaryDirectory(prefix="agent-") as directory:
-        path, log = Path(directory) / "socket", tmp_path / "agent.log"
+        path = Path(directory) / "socket"
         with command.start(str(program), "--listen", f"unix:{path}", log=log) as process:
             wait_for(path)
             yield Agent(process=process, path=path, log=log)
             if process.poll() is None:
                 process.terminate()
             assert process.wait(timeout=20) == 0, log.read_text()
+
+
+@pytest.fixture
+def agent(program: Path, tmp_path: Path) -> Iterator[Agent]:
+    with running(program, tmp_path / "agent.log") as agent:
+        yield agent
 
 
 @pytest.fixture
@@ -477,6 +486,98 @@ def test_three_hundred_damaged_frames_leave_an_agent_that_answers(agent: Agent) 
             client.send(CHECK)
     with agent.connect() as client:
         assert client.call(CHECK).code == OK
+
+
+# --- hosts that take more than their share ---
+
+
+def half(frame: bytes, left: int = 1) -> bytes:
+    return frame[: len(frame) - left]
+
+
+def big(stream: int) -> bytes:
+    """A call of 4 MiB, all but its name in a field that nobody knows."""
+    return frame(stream, CHECK[10:] + text(7, bytes(4 * MIB - len(CHECK[10:]) - 5)))
+
+
+@pytest.mark.parametrize("size", [16 * MIB + 1, 0xFFFFFFFF], ids=["16 MiB and a byte", "4 GiB"])
+def test_an_absurd_length_is_refused_at_once_and_ends_the_connection(agent: Agent, size: int) -> None:
+    with agent.connect() as client:
+        client.send(size.to_bytes(4, "big") + CHECK[4:10])
+        assert client.answer().code == INVALID_ARGUMENT
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            client.send(request(3, "grpc.AgentService", "DestroySandbox") * 3000)
+            assert client.socket.recv(1) == b""
+    with agent.connect() as client:
+        assert client.call(CHECK).code == OK
+
+
+def test_a_connection_that_was_refused_is_closed_although_its_host_stays(agent: Agent) -> None:
+    with agent.connect() as client:
+        client.send(b"\xff" * 4 + CHECK[4:10])
+        assert client.answer().code == INVALID_ARGUMENT
+        assert client.socket.recv(1) == b""
+        time.sleep(1.5)
+        with pytest.raises(BrokenPipeError):
+            client.send(CHECK)
+
+
+def test_half_frames_beyond_the_budget_are_refused_and_their_connections_live_on(agent: Agent) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(agent.connect()) for _ in range(30)]
+        for client in clients:
+            client.send(half(big(1)))
+        with agent.connect() as other:  # a small call needs nothing of the budget
+            assert other.call(CHECK).code == OK
+        codes = []
+        for client in clients:
+            client.send(big(1)[-1:] + check(3))
+            codes.append(client.answer().code)
+            assert client.answer().stream == 3
+    assert set(codes) == {OK, RESOURCE_EXHAUSTED}
+    assert codes.count(OK) == 2  # of 12 MiB, with the third one's last bytes not fitting any more
+
+
+def test_after_big_frames_there_is_room_for_big_frames(agent: Agent) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(agent.connect()) for _ in range(12)]
+        for stream in range(1, 7, 2):
+            assert [client.call(big(stream)).code for client in clients] == [OK] * 12
+
+
+def test_thirty_one_half_frames_take_less_than_twenty_mebibytes(tmp_path: Path) -> None:
+    with running(compile_agent(tmp_path / "plain"), tmp_path / "log") as agent, contextlib.ExitStack() as stack:
+        for _ in range(31):
+            stack.enter_context(agent.connect()).send(half(big(1)))
+        with agent.connect() as other:
+            assert other.call(CHECK).code == OK
+        assert agent.peak_kib() < 20 * 1024
+
+
+def test_a_frame_that_takes_too_long_ends_its_connection_and_no_other(tmp_path: Path) -> None:
+    impatient = compile_agent(tmp_path / "impatient", "-DAGENT_HALF_FRAME_MS=200")
+    with running(impatient, tmp_path / "log") as agent, agent.connect() as idle, agent.connect() as slow:
+        assert idle.call(CHECK).code == OK
+        assert slow.call(CHECK).code == OK
+        began = time.monotonic()
+        slow.send(CHECK[:15])
+        assert slow.socket.recv(1) == b""
+        assert 0.15 < time.monotonic() - began < 5
+        assert idle.call(CHECK).code == OK
+
+
+@pytest.mark.parametrize("said", [b"", CHECK[:5], CHECK + CHECK[:12]], ids=["nothing", "half", "one and a half"])
+def test_hosts_that_say_nothing_whole_make_way_when_all_places_are_taken(agent: Agent, said: bytes) -> None:
+    with contextlib.ExitStack() as stack:
+        good = stack.enter_context(agent.connect())
+        assert good.call(CHECK).code == OK
+        for _ in range(31):
+            stack.enter_context(agent.connect()).send(said)
+        newcomer = stack.enter_context(agent.connect())
+        began = time.monotonic()
+        assert newcomer.call(CHECK).code == OK
+        assert time.monotonic() - began < 5
+        assert good.call(CHECK).code == OK
 
 
 # --- what it logs ---

@@ -50,6 +50,7 @@ from tests import fake_agent
 def behave(peer, batch):
     fake_agent.serve(peer, batch)
     if batch[-1].method.endswith("DestroySandbox"):
+        say("[    0.800000] reboot: Power down")
         os._exit(0)
 {boot}
 with serving(behave):
@@ -101,10 +102,10 @@ def test_a_guest_that_does_everything_right_passes(boot: Boot) -> None:
     report = boot(_GOOD.format(boot="boot()"), on_event=seen.append)
     assert report.verdict is Verdict.passed, report
     assert report.cause is None
-    assert [check.name for check in report.checks] == [*smoke.CHECKS, "files"]
+    assert [check.name for check in report.checks] == [*smoke.CHECKS, "console", "files"]
     names = [event.name for event in report.timeline]
     assert names[0] == "vmm started"
-    assert names[-2:] == ["agent answered", "powered off"]
+    assert names[-3:] == ["agent answered", "leaving", "powered off"]
     assert {event.name for event in seen} == set(names)
     guest_times = {event.name: event.guest for event in report.timeline}
     assert (guest_times["init"], guest_times["agent started"]) == (0.5, 0.51)
@@ -137,6 +138,29 @@ def test_an_agent_that_does_not_power_off_fails(boot: Boot, monkeypatch: pytest.
     report = boot("boot()\nwith serving():\n    time.sleep(60)")
     assert report.verdict is Verdict.failed
     assert "still there" in check(report, "poweroff").detail
+
+
+def test_a_vmm_that_ends_without_a_word_of_the_kernel_has_not_powered_off(boot: Boot) -> None:
+    report = boot(_GOOD.replace('        say("[    0.800000] reboot: Power down")\n', "").format(boot="boot()"))
+    assert report.verdict is Verdict.failed
+    assert "never said" in check(report, "poweroff").detail
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[    0.300000] Initramfs unpacking failed: write error",
+        "[    0.300000] Initramfs unpacking failed: ZSTD-compressed data is truncated",
+        "[    0.700000] EXT4-fs error (device pmem0p1): ext4_lookup:1855: inode #12: comm sh: bad extra_isize",
+        "[    0.700000] BUG: unable to handle page fault for address: 0000000000001000",
+    ],
+)
+def test_a_guest_that_answers_well_but_whose_kernel_complained_fails(line: str, boot: Boot) -> None:
+    report = boot(_GOOD.format(boot=f"boot()\nsay({line!r})"))
+    assert report.verdict is Verdict.failed
+    assert check(report, "agent.check").verdict is Verdict.passed
+    assert check(report, "console").verdict is Verdict.failed
+    assert line.partition("] ")[2] in report.reason
 
 
 def test_a_machine_that_can_only_halt_has_powered_off(boot: Boot) -> None:
@@ -203,7 +227,7 @@ def test_silence_is_unknown_with_the_phase_reached(say: str, phase: str, boot: B
     report = boot(body + "listening.listen()\ntime.sleep(60)", seconds=1.0)
     assert report.verdict is Verdict.unknown
     assert f"seen: {phase}" in report.reason
-    assert [c.detail for c in report.checks[1:-1]] == ["not reached"] * 5
+    assert [c.detail for c in report.checks[1:-1]] == ["not reached"] * 6
 
 
 def test_a_panic_is_reported_within_a_second_even_if_qemu_stays(boot: Boot) -> None:
@@ -291,12 +315,17 @@ DISK = dataclasses.replace(IMAGE, dax=False)
     ],
 )
 def test_the_root_must_be_what_was_booted(root: DiskImage | Initrd, kind: str, options: str, right: bool) -> None:
-    fields = {"fstype": kind, "device": "/dev/x", "options": options}
+    fields = {"fstype": kind, "device": "/dev/pmem0p1", "options": options}
     if right:
         assert kind in smoke.judge_root(root, fields)
     else:
         with pytest.raises(smoke.Wrong):
             smoke.judge_root(root, fields)
+
+
+def test_a_root_on_another_device_is_wrong() -> None:
+    with pytest.raises(smoke.Wrong, match="not on /dev/pmem0p1"):
+        smoke.judge_root(IMAGE, {"fstype": "ext4", "device": "/dev/vda1", "options": "ro,dax=always"})
 
 
 @pytest.mark.parametrize("fields", [{}, {"fstype": 7, "options": None}, {"options": ["ro", "dax"]}])

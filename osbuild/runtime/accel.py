@@ -94,7 +94,7 @@ def decide(tcg: Count, kvm: Count) -> Accel:
         return Accel(name="tcg", reason=f"KVM failed at what takes TCG {_spell(tcg)}: {kvm.trouble}")
     if tcg.seconds is None:
         return Accel(name="kvm", reason=f"KVM counted in {_spell(kvm)}, and TCG not at all: {tcg.trouble}")
-    if kvm.seconds * ADVANTAGE > tcg.seconds:
+    if kvm.seconds * ADVANTAGE >= tcg.seconds:  # 0 and 0: neither was measured
         return Accel(name="tcg", reason=f"KVM counted in {_spell(kvm)}, no better than TCG in {_spell(tcg)}")
     return Accel(name="kvm", reason=f"KVM counted in {_spell(kvm)}, TCG in {_spell(tcg)}")
 

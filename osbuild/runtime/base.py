@@ -15,9 +15,26 @@ from osbuild.runtime.accel import Accel
 CONSOLE: Final = "console.log"  # in the work directory: what the guest wrote to its first serial port
 
 
+_PAGE: Final = 4096
+_KIB: Final = 1024  # about what an inode and its name take
+
+
 def make_nonce() -> str:
     """What tells this run's guest from any other's: it goes on the kernel command line, and comes back in the log."""
     return secrets.token_hex(8)
+
+
+def least_memory(root: DiskImage | Initrd, kernel: Kernel) -> int:
+    """Bytes of memory below which a guest cannot work.
+
+    An initramfs is unpacked into a tmpfs that takes half of the memory and has one inode for each of its pages, while
+    the archive is still there; a DAX image needs 64 bytes (struct page) for each of its pages.
+    """
+    if isinstance(root, DiskImage):
+        return root.file.size // 64 if root.dax else 0
+    pages = max(root.resident, root.unpacked, _PAGE * root.entries)
+    needed = 2 * pages + root.file.size + kernel.vmlinux.size + _KIB * root.entries
+    return needed + needed // 32  # the kernel's own struct pages, and a little more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +47,7 @@ class Machine:
     cpus: int = 1
     accel: str = "auto"  # or "kvm" or "tcg"
     words: tuple[str, ...] = ()  # the user's kernel arguments, after all of ours
+    agent: str = ""  # name and version of the agent that should answer; empty: any
     nonce: str = field(default_factory=make_nonce)
 
     @property

@@ -21,11 +21,11 @@ from typing import Final
 
 from osbuild import command
 from osbuild.arch import MIB, Arch, find_arch
-from osbuild.artifacts import DiskImage, File, Initrd
+from osbuild.artifacts import DiskImage, Initrd
 from osbuild.cache import Cache, default_cache
 from osbuild.errors import CommandError, HostError, InputError, SpecError
 from osbuild.runtime import accel
-from osbuild.runtime.base import CONSOLE, Guest, Machine
+from osbuild.runtime.base import CONSOLE, Guest, Machine, least_memory
 
 LOG: Final = "qemu.log"
 CHANNEL: Final = "agent.channel.0"  # the serial port's name, as agents of Kata 1.x and ours look for it
@@ -124,18 +124,13 @@ def refuse_what_cannot_boot(machine: Machine) -> None:
             raise InputError(f"there is no file {path}")
     if machine.cpus < 1 or machine.memory_mib < 1:
         raise SpecError(f"a guest of {machine.cpus} processors and {machine.memory_mib} MiB cannot be")
-    if isinstance(machine.root, Initrd):
-        needed = _initrd_memory(machine.root, machine.kernel.vmlinux)
-        if needed > machine.memory_mib * MIB:
-            raise SpecError(
-                f"the initramfs unpacks to {machine.root.unpacked // MIB} MiB, too much for {machine.memory_mib} MiB",
-                hint=f"give the guest at least {needed // MIB + 1} MiB of memory",
-            )
-
-
-def _initrd_memory(initrd: Initrd, kernel: File) -> int:
-    # Both copies are there while it unpacks; and the tmpfs it goes to takes at most half of the memory.
-    return max(2 * initrd.unpacked, initrd.unpacked + initrd.file.size + kernel.size)
+    needed = least_memory(machine.root, machine.kernel)
+    if needed > machine.memory_mib * MIB:
+        what = "the initramfs" if isinstance(machine.root, Initrd) else "the image"
+        raise SpecError(
+            f"{what} is too large for a guest of {machine.memory_mib} MiB",
+            hint=f"give the guest at least {needed // MIB + 1} MiB of memory",
+        )
 
 
 def _board(machine: Machine, arch: Arch) -> tuple[str, ...]:

@@ -1,0 +1,97 @@
+"""The directory that a build fills: ours alone while we work, and emptied only of what an earlier build left."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from osbuild.artifacts import File
+from osbuild.errors import BuildError, HostError, SpecError
+from osbuild.manifest import LOCK, MANIFEST, NAMES
+from osbuild.output import sync_directory, write_whole, writing
+from osbuild.tree import copy_range, quote
+
+MARK: Final = ".osbuilder"  # made before the first output, so that what a killed build left is known for what it is
+_FILES: Final = frozenset((*NAMES.values(), "vmlinux", "vmlinuz", "config", MANIFEST, LOCK, MARK))
+_DIRECTORIES: Final = frozenset(("smoke",))
+
+
+@contextlib.contextmanager
+def workspace(out: Path) -> Iterator[Path]:
+    """The output directory, locked; refused when it holds anything that no build of ours put there."""
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise SpecError(f"{quote(str(out))} exists and is not a directory", hint="name another with -o") from None
+    except OSError as problem:
+        raise HostError(f"cannot make {quote(str(out))}: {problem.strerror}", hint="name another with -o") from problem
+    try:
+        with locked(out):
+            _refuse_what_is_not_ours(out)
+            yield out.absolute()
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # if nothing came of it
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Nobody else builds or boots in this directory meanwhile; the lock dies with its process."""
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise HostError(f"{quote(str(out))} cannot be written to", hint="name another directory")
+    handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HostError(f"another osbuilder is at work in {quote(str(out))}") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def sweep(out: Path) -> None:
+    """Take away what an earlier build left, its manifest first: from then on nothing here is proof of anything."""
+    (out / MANIFEST).unlink(missing_ok=True)
+    write_whole(out / MARK, b"osbuilder writes here; the next build removes what this one made\n")
+    for name in os.listdir(out):
+        if name in _DIRECTORIES:
+            shutil.rmtree(out / name)
+        elif name != MARK:
+            (out / name).unlink()
+    sync_directory(out)
+
+
+def copy_file(file: File, out: Path) -> File:
+    """A copy of a finished file, compared with what it should be."""
+    with writing(out) as descriptor, file.path.open("rb") as source:
+        copy_range(source.fileno(), 0, file.size, descriptor, 0)
+    copied = File.of(out)
+    if copied.sha256 != file.sha256:
+        raise BuildError(f"{quote(str(out))} did not become what {quote(str(file.path))} is")
+    return copied
+
+
+def _refuse_what_is_not_ours(out: Path) -> None:
+    names = sorted(os.listdir(out))
+    known = {MARK, MANIFEST} & set(names)
+    for name in names:
+        directory = stat.S_ISDIR((out / name).lstat().st_mode)
+        expected = name in _DIRECTORIES if directory else name in _FILES or _is_temporary(name)
+        if not (known and expected):
+            raise SpecError(
+                f"{quote(str(out))} holds {quote(name)}, which is no output of ours",
+                hint="name an empty directory, or one of an earlier build, with -o",
+            )
+
+
+def _is_temporary(name: str) -> bool:
+    return any(name.startswith(f".{ours}.") for ours in _FILES)
