@@ -297,7 +297,11 @@ def _by_status(evidence: Evidence, status: int, line: str) -> Cause:
         number = signal.Signals(-status).name if -status in signal.valid_signals() else str(-status)
         return Cause(name="vmm-killed", sentence=f"somebody killed the VMM ({number})", line=line)
     if status > 0:
-        return Cause(name="vmm-failed", sentence=f"the VMM exited with {status}", line=line)
+        return Cause(
+            name="vmm-failed",
+            sentence=f"the VMM exited with {status}: {line}" if line else f"the VMM exited with {status}",
+            line=line,
+        )
     if evidence.phase is Phase.nothing:
         hint = "too little memory for the kernel and the initramfs, or a kernel for another machine, looks like this"
         return Cause(name="vmm-exited", sentence="the VMM ended before a guest was seen", line=line, hint=hint)

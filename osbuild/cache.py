@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import pwd
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -37,8 +38,14 @@ class Cache:
         A damaged entry is set aside (`<key>.bad-…`), so that it is made again and can still be looked at.
         """
         home = self._home(kind, key)
-        if not home.is_dir():
+        try:
+            home.stat()
+        except FileNotFoundError:
             return None
+        except OSError as problem:
+            raise HostError(
+                f"cannot use the cache {self.root}: {problem.strerror}", hint="set OSBUILDER_CACHE to a directory"
+            ) from problem
         if _intact(home):
             return home
         with contextlib.suppress(OSError):
@@ -95,10 +102,18 @@ def default_cache() -> Cache:
     named = os.environ.get("OSBUILDER_CACHE")
     if named:
         return Cache(root=Path(named).absolute())
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
-    if base.startswith("~"):
-        raise HostError("there is no home directory for the cache", hint="set OSBUILDER_CACHE to a directory")
-    return Cache(root=Path(base) / "osbuilder")
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Cache(root=Path(base) / "osbuilder")
+    home = os.environ.get("HOME") or _home_of_user()
+    return Cache(root=Path(home) / ".cache/osbuilder")
+
+
+def _home_of_user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        raise HostError("there is no home directory for the cache", hint="set OSBUILDER_CACHE to a directory") from None
 
 
 def _make_directory(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ import osbuild
 from osbuild import console
 from osbuild.arch import Arch, find_arch, host_arch
 from osbuild.cache import default_cache
-from osbuild.errors import CommandError, Interrupted, OsbuilderError
+from osbuild.errors import CommandError, HostError, Interrupted, OsbuilderError
 from osbuild.spec import KINDS, BuildSpec, GuestSpec
+from osbuild.tree import quote
 
 if TYPE_CHECKING:  # what is slow to import is imported by the command that needs it
     from osbuild.artifacts import File, Rootfs
@@ -40,16 +42,16 @@ Image = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="the directory for all that is made")]
 OutFile = Annotated[Path, typer.Option("--out", "-o", help="the file to write")]
-ArchName = Annotated[str, typer.Option("--arch", help="x86_64; this machine's when not given")]
+ArchName = Annotated[str, typer.Option("--arch", help="x86_64 is the only one yet")]
 Json = Annotated[bool, typer.Option("--json", help="the result as JSON on standard output")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on standard error")]
 Filesystem = Annotated[str, typer.Option("--fs", help="ext4")]
 Compress = Annotated[str, typer.Option("--compress", help="zstd, gzip or none")]
 Accelerator = Annotated[str, typer.Option("--accel", help="auto, kvm or tcg")]
 Timeout = Annotated[float, typer.Option("--timeout", help="seconds that a guest has to answer")]
-Memory = Annotated[int, typer.Option("--memory", help="MiB for each guest; 0: as much as it needs")]
+Memory = Annotated[int, typer.Option("--memory", help="MiB for each guest, 64 at least; 0: as much as it needs")]
 Cpus = Annotated[int, typer.Option("--cpus", min=1, help="processors for each guest")]
-Features = Annotated[list[str] | None, typer.Option("--with", help="a kernel feature to add; may be given again")]
+Features = Annotated[list[str] | None, typer.Option("--with", help="a kernel feature to add (xfs); may be given again")]
 Source = Annotated[Path | None, typer.Option("--source", help="a kernel tarball; Debian's linux-source when not given")]
 
 
@@ -63,8 +65,10 @@ def start(version: Annotated[bool, typer.Option("--version", help="print the ver
 @app.command()
 def build(
     image: Image,
-    out: Out = Path("out"),
-    kinds: Annotated[str, typer.Option("--make", help="what to make and boot, by commas")] = ",".join(KINDS),
+    out: Out = Path("osbuilder-out"),
+    kinds: Annotated[
+        str, typer.Option("--make", help="what to make and boot: image, initrd, or both with a comma")
+    ] = ",".join(KINDS),
     filesystem: Filesystem = "ext4",
     compress: Compress = "zstd",
     arch: ArchName = "",
@@ -242,7 +246,11 @@ def doctor(as_json: Json = False) -> None:
         console.print_json([finding.to_dict() for finding in findings])
     else:
         rows = [(f.name, f.state, f.purpose, f.detail) for f in findings]
-        console.print_table("osbuilder doctor", ("tool", "state", "for", "where, or how to get it"), rows)
+        console.print_table(
+            "osbuilder doctor", ("tool", "state", "for", "where, or how to get it"), rows, verdicts="state"
+        )
+        missing = [finding.name for finding in findings if finding.state == "missing"]
+        sys.stdout.write(f"missing: {', '.join(missing)}\n" if missing else "all that is needed is here\n")
     raise typer.Exit(4 if any(finding.state == "missing" for finding in findings) else 0)
 
 
@@ -250,20 +258,36 @@ def main() -> NoReturn:
     """The program: every error raised on purpose becomes one line and its exit code; everything started is ended."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    if sys.stdout is None or sys.stderr is None:  # closed by the caller
+        null = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the rest of the program
+        sys.stdout, sys.stderr = sys.stdout or null, sys.stderr or null
     try:
         app(standalone_mode=True)
     except OsbuilderError as error:
-        console.print_error(error, error.tail if isinstance(error, CommandError) else "")
-        code = error.code
+        code = _tell(error)
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+    except OSError as problem:
+        # The disk, a permission, a limit: this machine's, whichever step met it.
+        where = f"{quote(str(problem.filename))}: " if problem.filename else ""
+        code = _tell(HostError(f"{where}{problem.strerror or problem}"))
     except Interrupted as interruption:
         sys.stderr.write(f"{interruption}\n")
         code = interruption.code
-    except BrokenPipeError:
-        code = 128 + signal.SIGPIPE
     except MemoryError:
         sys.stderr.write("error: out of memory\n")
         code = 4
     sys.exit(code)
+
+
+def _tell(error: OsbuilderError) -> int:
+    console.print_error(error, error.tail if isinstance(error, CommandError) else "")
+    if "--json" in sys.argv:
+        try:
+            console.print_json({"error": str(error), "hint": error.hint, "code": error.code})
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # standard output is what failed
+    return error.code
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

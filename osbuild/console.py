@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,10 +16,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from osbuild.errors import OsbuilderError
+from osbuild.errors import Interrupted, OsbuilderError
 
+_SAY_SECONDS: Final = 30.0  # between signs of life where there is no terminal
 _WIDTH_OF_PIPES: Final = 160  # columns, where no terminal says how many it has
-_VERDICT_STYLES: Final = {"passed": "bold green", "failed": "bold red", "unknown": "bold yellow"}
+_VERDICT_STYLES: Final = {
+    "passed": "bold green", "failed": "bold red", "unknown": "bold yellow", "here": "green", "missing": "bold red",
+}  # fmt: skip
 
 
 class Show:
@@ -25,7 +30,7 @@ class Show:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.seconds: dict[str, float] = {}
-        self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._console = _Progress(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self._quiet = quiet
         self._live: Progress | None = None
 
@@ -82,16 +87,44 @@ class Step:
         self.progress: Progress | None = None
         self.task: Any = None  # rich's own kind of number
         self._show = show
+        self._said = time.monotonic()
 
     def advance(self, done: int, total: int) -> None:
-        """How far it is; shown as a bar on a terminal, nowhere else."""
+        """How far it is: a bar on a terminal, elsewhere a line now and then."""
         if self.progress is not None:
             self.progress.update(self.task, completed=done, total=max(done, total))
+        elif time.monotonic() - self._said > _SAY_SECONDS:
+            self._said = time.monotonic()
+            self._show.say(f"… {self.title}: {done} of about {max(done, total)}")
+
+
+class _Progress(Console):
+    """Standard error: what is said there may get lost, and the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+@contextlib.contextmanager
+def _result() -> Iterator[None]:
+    """Standard output: a reader who has gone away ends us quietly, as SIGPIPE would."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise Interrupted(signal.SIGPIPE) from None
+
+
+class _Results(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def print_json(value: object) -> None:
     """A result for machines, on standard output."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    with _result():
+        sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def print_table(
@@ -108,12 +141,13 @@ def print_table(
         ]
         table.add_row(*cells)
     width = None if sys.stdout.isatty() else _WIDTH_OF_PIPES
-    Console(highlight=False, markup=False, width=width).print(table)
+    with _result():
+        _Results(highlight=False, markup=False, width=width).print(table)
 
 
 def print_error(error: OsbuilderError, tail: str = "") -> None:
     """What went wrong, and what to do; the last lines of a program's output when that is what failed."""
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = _Progress(stderr=True, highlight=False, markup=False, soft_wrap=True)
     if tail.strip():
         console.print(Text(tail.rstrip(), style="dim"))
     console.print(Text.assemble(("error: ", "bold red"), str(error)))

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from osbuild import command
-from osbuild.errors import HostError
+from osbuild.arch import host_arch
+from osbuild.cache import default_cache
+from osbuild.errors import HostError, OsbuilderError
 from osbuild.kernel_source import DEFAULT as DEBIAN_TARBALL
 
 
@@ -51,14 +53,15 @@ _WANTS: Final = (
     _Want("git", "git", "kernel patches", needed=False),
     _Want("ccache", "ccache", "faster kernel builds", needed=False),
     _Want("musl-gcc", "musl-tools", "a small agent; gcc alone gives a larger one", needed=False),
-    _Want("docker", "docker.io", "images of a Docker daemon", needed=False),
+    _Want("dockerd", "docker.io", "make demo", needed=False),
+    _Want("mmdebstrap", "mmdebstrap", "make demo", needed=False),
     _Want("e2fsck", "e2fsprogs", "the tests", needed=False),
 )
 
 
 def examine() -> list[Finding]:
     """Every tool in turn, then the things that are no tools."""
-    return [*(_look_for(want) for want in _WANTS), _kvm()]
+    return [*(_look_for(want) for want in _WANTS), _cache(), _docker(), _kvm()]
 
 
 def _look_for(want: _Want) -> Finding:
@@ -74,8 +77,33 @@ def _find(name: str, find: Callable[[str], str]) -> str:
         return ""
 
 
+def _docker() -> Finding:
+    from osbuild.sources import daemon
+
+    purpose = "images of a Docker daemon"
+    try:
+        daemon.connect(5).close()
+    except HostError as problem:
+        return Finding(name="Docker daemon", state="optional", purpose=purpose, detail=f"{problem}; {problem.hint}")
+    return Finding(name="Docker daemon", state="here", purpose=purpose, detail="answers")
+
+
 def _kvm() -> Finding:
-    device = Path("/dev/kvm")
-    usable = os.access(device, os.R_OK | os.W_OK)
-    detail = "opens; whether it is of use is probed before a boot" if usable else "software emulation works without it"
-    return Finding(name=str(device), state="here" if usable else "optional", purpose="faster guests", detail=detail)
+    from osbuild.runtime import accel
+
+    arch = host_arch()
+    try:
+        chosen = accel.choose("auto", arch, Path(command.find(arch.qemu)), cache=default_cache())
+    except OsbuilderError as problem:
+        return Finding(name="KVM", state="optional", purpose="faster guests", detail=str(problem))
+    state = "here" if chosen.name == "kvm" else "optional"
+    detail = chosen.reason if state == "here" else f"guests are emulated: {chosen.reason}"
+    return Finding(name="KVM", state=state, purpose="faster guests", detail=detail)
+
+
+def _cache() -> Finding:
+    root = default_cache().root
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    state = "here" if os.access(existing, os.W_OK) else "missing"
+    detail = str(root) if state == "here" else f"{root} cannot be written to: set OSBUILDER_CACHE"
+    return Finding(name="cache", state=state, purpose="kernel and agent, made once", detail=detail)

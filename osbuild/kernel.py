@@ -25,7 +25,7 @@ from osbuild.errors import BuildError, CommandError, HostError, InputError, Spec
 from osbuild.kernel_source import KernelSource, find_patches, open_source, patch_source
 from osbuild.resources import resource
 
-RECIPE: Final = 1  # of this file: a change that changes the bytes takes the next number
+RECIPE: Final = 2  # of this file: a change that changes the bytes takes the next number
 
 Progress = Callable[[int, int], None]  # files made so far, and about how many there will be
 
@@ -37,6 +37,9 @@ _IDENTITY: Final = {
     "KBUILD_BUILD_VERSION": "1",
     "SOURCE_DATE_EPOCH": "0",
 }
+
+# Tools that Kconfig looks for and writes the version of into the configuration, though nothing of ours needs them.
+_ABSENT: Final = ("RUSTC=none", "BINDGEN=none", "PAHOLE=none")
 
 _PACKAGES: Final = {
     "make": "make", "gcc": "gcc", "ld": "binutils", "strip": "binutils", "flex": "flex", "bison": "bison", "bc": "bc",
@@ -250,7 +253,11 @@ def _configure(build: _Build, requests: tuple[kconfig.Request, ...]) -> None:
     try:
         command.run(*merge, cwd=build.out, log=build.log)
         merged = (build.out / ".config").rename(build.out / "merged.config")
-        command.run(*_make(build, "allnoconfig"), env=_IDENTITY | {"KCONFIG_ALLCONFIG": str(merged)}, log=build.log)
+        command.run(
+            *_make(build, "allnoconfig"),
+            env=_IDENTITY | {"KCONFIG_ALLCONFIG": str(merged), "CCACHE_DISABLE": "1"},
+            log=build.log,
+        )
     except CommandError as problem:
         raise _failure("the kernel cannot be configured", problem, build.log) from problem
     _check_kept(build, requests)
@@ -294,7 +301,8 @@ def _make(build: _Build, *words: str) -> list[str]:
     prefix, wrapper = build.tools.prefix, "ccache " if build.tools.ccache else ""
     return [
         "make", "--no-print-directory", "-C", str(build.tree), f"O={build.out}", f"ARCH={build.arch.kernel}",
-        f"CROSS_COMPILE={prefix}", f"CC={wrapper}{prefix}gcc", f"HOSTCC={wrapper}gcc", "LOCALVERSION=", *words,
+        f"CROSS_COMPILE={prefix}", f"CC={wrapper}{prefix}gcc", f"HOSTCC={wrapper}gcc", "LOCALVERSION=",
+        *_ABSENT, *words,
     ]  # fmt: skip
 
 

@@ -113,15 +113,18 @@ class SmokeReport:
         }
 
     def command_text(self) -> str:
-        """A shell script that boots the same again: one option and its value on a line."""
+        """A shell script that boots the same again, with the console on the terminal and nobody to speak to the agent."""
         lines = [shlex.quote(self.command[0])]
         for word in self.command[1:]:
+            if word.startswith("file,id=console,"):
+                word = "stdio,id=console,signal=on"
+            elif word.startswith("socket,id=agent,"):
+                word = "null,id=agent"
             if word.startswith("-") or " " in lines[-1] or len(lines) == 1:
                 lines.append(shlex.quote(word))
             else:
                 lines[-1] += " " + shlex.quote(word)
-        make = f"mkdir -p -m 700 {shlex.quote(str(self.agent.parent))}"
-        return f"#!/bin/sh\n{make}\n" + " \\\n  ".join(lines) + "\n"
+        return "#!/bin/sh\n# The same boot with its console here; Ctrl-C ends it.\n" + " \\\n  ".join(lines) + "\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

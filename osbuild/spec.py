@@ -18,6 +18,7 @@ from osbuild.tree import quote
 KINDS: Final = ("image", "initrd")
 ACCELS: Final = ("auto", "kvm", "tcg")
 _SECONDS_MAX: Final = 86400
+_LEAST_MIB: Final = 64
 _EPOCH_MAX: Final = (1 << 32) - 1  # what a cpio header can say
 
 
@@ -34,8 +35,10 @@ class GuestSpec:
         _one_of("accelerator", self.accel, ACCELS)
         if not 0 < self.seconds <= _SECONDS_MAX:
             raise SpecError(f"a guest cannot have {self.seconds:g} s to answer", hint="more than 0, at most a day")
-        if self.memory_mib < 0 or self.cpus < 1:
-            raise SpecError(f"a guest cannot have {self.cpus} processors and {self.memory_mib} MiB")
+        if self.memory_mib and self.memory_mib < _LEAST_MIB:
+            raise SpecError(f"no guest boots in {self.memory_mib} MiB", hint=f"at least {_LEAST_MIB}, or 0 for enough")
+        if self.cpus < 1:
+            raise SpecError(f"a guest cannot have {self.cpus} processors", hint="1 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

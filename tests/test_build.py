@@ -8,13 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from osbuild import smoke
+from osbuild.artifacts import File, Initrd, Kernel
 from osbuild.cache import default_cache
+from osbuild.report import Verdict
+from osbuild.runtime.base import Machine
+from tests.layer_tools import archive, member, write_layout
 from tests.test_cli import OSBUILDER, one_line, run
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +78,62 @@ def test_the_manifest_measures_every_output(built: tuple[Path, dict[str, Any]]) 
         data = (built[0] / name).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (said["size"], said["sha256"])
     assert json.loads((built[0] / "lock.json").read_text())["image"]["layers"]
+
+
+def test_compilers_that_the_kernel_does_not_need_leave_no_trace_in_it(built: tuple[Path, dict[str, Any]]) -> None:
+    config = (built[0] / "config").read_text()
+    assert "CONFIG_RUSTC_VERSION=0\n" in config
+    assert "CONFIG_PAHOLE_VERSION=0\n" in config
+
+
+def test_a_directory_with_a_name_like_ours_is_not_swept(busybox: Path, tmp_path: Path) -> None:
+    out = tmp_path / "project"
+    (out / "config").mkdir(parents=True)
+    (out / "config/app.toml").write_text("precious")
+    done = run("build", f"oci:{busybox}", "-o", str(out), "--no-smoke", "--quiet")
+    assert done.returncode == 2
+    assert "'config'" in one_line(done.stderr)
+    assert (out / "config/app.toml").read_text() == "precious"
+
+
+def test_a_typo_does_not_cost_the_last_build(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(built[0], out)
+    assert run("build", "oci:/no/such/layout", "-o", str(out), "--quiet").returncode == 3
+    assert run("smoke", str(out), "--quiet").returncode == 0
+
+
+def test_a_build_that_never_began_leaves_no_directory(tmp_path: Path) -> None:
+    assert run("build", "oci:/no/such/layout", "-o", str(tmp_path / "out"), "--quiet").returncode == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_cache_and_output_may_be_on_different_file_systems(busybox: Path, kernel: object) -> None:
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK) or shared.stat().st_dev == default_cache().root.stat().st_dev:
+        pytest.skip("/dev/shm is no file system of its own here")
+    with tempfile.TemporaryDirectory(dir=shared) as name:
+        done = run("build", f"oci:{busybox}", "-o", f"{name}/out", "--no-smoke", "--quiet")
+        assert done.returncode == 0, done.stderr
+
+
+def test_an_initramfs_of_60000_files_is_unpacked_whole(kernel: object, tmp_path: Path) -> None:
+    files = [member(f"f/{number % 100}/{number}", b"x") for number in range(60_000)]
+    write_layout(tmp_path / "many", [archive(*files)])
+    words = ("build", f"oci:{tmp_path}/many", "-o", str(tmp_path / "out"), "--make", "initrd", "--json", "--quiet")
+    done = run(*words)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "unpacking failed" not in (tmp_path / "out/smoke/console.log").read_text()
+
+
+def test_an_initramfs_that_lost_its_end_does_not_pass(
+    built: tuple[Path, dict[str, Any]], kernel: Kernel, tmp_path: Path
+) -> None:
+    whole = (built[0] / "initrd.img").read_bytes()
+    (tmp_path / "cut").write_bytes(whole[: len(whole) - 4096])
+    root = Initrd(file=File.of(tmp_path / "cut"), compression="zstd", unpacked=8 << 20)
+    report = smoke.run(Machine(kernel=kernel, root=root), tmp_path / "work", seconds=30)
+    assert report.verdict is Verdict.failed, report
 
 
 def test_what_was_built_boots_again(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -142,6 +142,35 @@ def test_the_agents_version_is_read_from_its_bytes(tmp_path: Path) -> None:
     assert run("agent", "version", str(tmp_path / "b")).returncode == 3
 
 
+def test_a_failure_is_told_as_json_too(tmp_path: Path) -> None:
+    done = run("image", f"oci:{tmp_path}/no", "-o", str(tmp_path / "x"), "--json", "--quiet")
+    told = json.loads(done.stdout)
+    assert done.returncode == told["code"] == 3
+    assert "no" in told["error"]
+    assert "oci:DIR" in told["hint"]
+
+
+@pytest.mark.parametrize(("redirect", "code"), [("| (exec <&-; sleep 0.5)", 141), (">/dev/full", 4), (">&-", 0)])
+def test_a_result_that_nobody_reads_ends_without_a_traceback(
+    redirect: str, code: int, layout: Path, tmp_path: Path
+) -> None:
+    program = f'sleep 0.1; {sys.executable} -c "from osbuild.cli import main; main()"'
+    line = f"({program} image oci:{layout} -o {tmp_path}/x.img --json --quiet) {redirect}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", line], check=False, cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_progress_that_nobody_reads_does_not_stop_the_work(layout: Path, tmp_path: Path) -> None:
+    program = f'{sys.executable} -c "from osbuild.cli import main; main()"'
+    line = f"{program} image oci:{layout} -o {tmp_path}/x.img 2>&1 >/dev/null | (exec <&-; sleep 0.5); exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], check=False, cwd=Path(__file__).parent.parent, capture_output=True)
+    assert done.returncode == 0
+    assert (tmp_path / "x.img").exists()
+
+
 def test_doctor_names_the_package_of_what_is_missing(tmp_path: Path) -> None:
     done = run("doctor", "--json", env={"PATH": str(tmp_path)})
     findings = {finding["name"]: finding for finding in json.loads(done.stdout)}

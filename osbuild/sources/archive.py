@@ -10,6 +10,7 @@ import hashlib
 import posixpath
 import stat
 from pathlib import Path
+from typing import Final
 
 from osbuild import oci, tar
 from osbuild.arch import Arch
@@ -18,6 +19,8 @@ from osbuild.layers import Layer
 from osbuild.sources.image import CHUNK, SourceImage, add_layer, checked_layer, match_layers, sniff, uncompressed
 from osbuild.tree import Slice, Spool, quote
 
+_HINT: Final = "docker save -o FILE IMAGE makes an archive; it may be compressed with gzip or zstd"
+
 
 def open_image(reference: oci.Reference, arch: Arch) -> SourceImage:
     """The only image of an archive file, which may itself be compressed."""
@@ -25,14 +28,21 @@ def open_image(reference: oci.Reference, arch: Arch) -> SourceImage:
     path = Path(reference.name)
     spool = Spool()
     try:
+        kind = path.stat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
+            raise InputError(f"{quote(str(path))} is not a file", hint=_HINT)
         with path.open("rb") as file:
             head = file.read(4)
             file.seek(0)
             for data in uncompressed(iter(lambda: file.read(CHUNK), b""), sniff(head), quote(str(path))):
                 spool.append(data)
     except OSError as problem:
-        raise InputError(f"cannot read {quote(str(path))}: {problem.strerror}") from None
-    return read_archive(spool, str(reference))
+        raise InputError(f"cannot read {quote(str(path))}: {problem.strerror or problem}") from None
+    try:
+        return read_archive(spool, str(reference))
+    except InputError as problem:
+        problem.hint = problem.hint or _HINT
+        raise
 
 
 def read_archive(spool: Spool, where: str) -> SourceImage:

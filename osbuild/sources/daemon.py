@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Final
 
 from osbuild import oci
@@ -31,7 +32,7 @@ def open_image(reference: oci.Reference, arch: Arch) -> SourceImage:
         spool = Spool()
         for chunk in client.api.get_image(name, chunk_size=CHUNK):
             spool.append(chunk)
-    except docker.errors.ImageNotFound as problem:
+    except docker.errors.NotFound as problem:
         _close(problem)
         raise InputError(f"the Docker daemon has no image {quote(name)}", hint=f"docker pull {name}") from None
     except (docker.errors.APIError, requests.exceptions.RequestException) as problem:
@@ -50,9 +51,10 @@ def connect(seconds: int = 10) -> docker.DockerClient:
 
     try:
         return docker.from_env(timeout=seconds)
-    except (docker.errors.DockerException, requests.exceptions.RequestException) as problem:
+    except (docker.errors.DockerException, requests.exceptions.RequestException):
+        where = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
         raise HostError(
-            f"no Docker daemon answers: {_first_line(problem)}",
+            f"no Docker daemon answers at {quote(where)}",
             hint="start it, join the group docker, or give the image as oci:DIR or docker-archive:FILE",
         ) from None
 
