@@ -91,7 +91,6 @@ class SmokeReport:
     seconds: float
     accel: Accel
     command: tuple[str, ...]
-    agent: Path  # the unix socket that `command` makes
     console: Path
     log: Path
 
@@ -113,7 +112,7 @@ class SmokeReport:
         }
 
     def command_text(self) -> str:
-        """A shell script that boots the same again, with the console on the terminal and nobody to speak to the agent."""
+        """A shell script that boots the same again, its console on the terminal, nobody speaking to the agent."""
         lines = [shlex.quote(self.command[0])]
         for word in self.command[1:]:
             if word.startswith("file,id=console,"):

@@ -75,7 +75,6 @@ def run(
         seconds=took,
         accel=guest.accel,
         command=guest.command,
-        agent=guest.agent,
         console=guest.console,
         log=guest.log,
     )

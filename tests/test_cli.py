@@ -165,7 +165,8 @@ def test_a_result_that_nobody_reads_ends_without_a_traceback(
 
 def test_progress_that_nobody_reads_does_not_stop_the_work(layout: Path, tmp_path: Path) -> None:
     program = f'{sys.executable} -c "from osbuild.cli import main; main()"'
-    line = f"{program} image oci:{layout} -o {tmp_path}/x.img 2>&1 >/dev/null | (exec <&-; sleep 0.5); exit ${{PIPESTATUS[0]}}"
+    words = f"{program} image oci:{layout} -o {tmp_path}/x.img"
+    line = f"{words} 2>&1 >/dev/null | (exec <&-; sleep 0.5); exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], check=False, cwd=Path(__file__).parent.parent, capture_output=True)
     assert done.returncode == 0
     assert (tmp_path / "x.img").exists()

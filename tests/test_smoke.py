@@ -105,7 +105,8 @@ def test_a_guest_that_does_everything_right_passes(boot: Boot) -> None:
     assert [check.name for check in report.checks] == [*smoke.CHECKS, "console", "files"]
     names = [event.name for event in report.timeline]
     assert names[0] == "vmm started"
-    assert names[-3:] == ["agent answered", "leaving", "powered off"]
+    assert names[-3] == "agent answered"
+    assert set(names[-2:]) == {"leaving", "powered off"}, "the console is read a moment after the end is seen"
     assert {event.name for event in seen} == set(names)
     guest_times = {event.name: event.guest for event in report.timeline}
     assert (guest_times["init"], guest_times["agent started"]) == (0.5, 0.51)
