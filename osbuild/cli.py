@@ -359,8 +359,7 @@ def _print_boots(report: Report) -> None:
         passed = sum(check.verdict == "passed" for check in boot.checks)
         answered = next((f"{event.seconds:.2f}" for event in boot.timeline if event.name == "agent answered"), "")
         checks = f"{passed} of {len(boot.checks)}"
-        rows.append(
-            (boot.name, boot.accel.name, answered, f"{boot.seconds:.2f}", checks, str(boot.verdict), boot.reason)
-        )
+        reason = "" if boot.verdict == "passed" else boot.reason
+        rows.append((boot.name, boot.accel.name, answered, f"{boot.seconds:.2f}", checks, str(boot.verdict), reason))
     columns = ("boot", "accel", "answered", "seconds", "checks", "verdict", "reason")
     console.print_table("smoke test", columns, rows)

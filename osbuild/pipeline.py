@@ -106,7 +106,7 @@ def make_initrd(spec: BuildSpec, rootfs: Rootfs, out: Path, show: Show) -> Initr
         initrd = build_initrd(rootfs, out, compress=spec.compress)
         step.note = f"{spec.compress}, {size_text(initrd.file.size)}"
         if initrd.lost_xattrs:  # newc has no place for them
-            step.note += f"; {initrd.lost_xattrs} files without their extended attributes"
+            step.note += f"; without the extended attributes of {initrd.lost_xattrs} of its files"
     return initrd
 
 

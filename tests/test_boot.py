@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,9 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from osbuild import smoke
+from osbuild import smoke, ttrpc
+from osbuild.agent_client import AgentClient
 from osbuild.artifacts import DiskImage, File, Initrd, Kernel, Rootfs
 from osbuild.report import SmokeReport, Verdict
+from osbuild.runtime import qemu
 from osbuild.runtime.base import Machine
 from osbuild.tree import regular
 from tests.boot_fixtures import (
@@ -223,7 +227,8 @@ def test_escape_codes_of_a_guest_reach_no_report(
 _RUNNER = """
 import pickle, signal, sys
 from pathlib import Path
-from osbuild import smoke
+from osbuild import smoke, ttrpc
+from osbuild.agent_client import AgentClient
 from osbuild.errors import Interrupted
 def interrupt(number, frame):
     raise Interrupted(number)
@@ -269,3 +274,29 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_host_that_pauses_in_mid_frame_is_answered_and_its_payload_never_run(
+    boot_kernel: Kernel, good_initrd: Initrd, tmp_path: Path
+) -> None:
+    """What a suspended host leaves on the serial port; the payload looks like requests to power off."""
+    call = ttrpc.Request(service="grpc.AgentService", method="DestroySandbox", payload=b"").encode()
+    trap = ttrpc.Frame(stream=1, kind=ttrpc.REQUEST, payload=call).encode() * 20
+    # No field of CheckRequest, so it does not decode: any answer will do, as long as it is one.
+    question = ttrpc.Request(service="grpc.Health", method="Check", payload=trap).encode()
+    frame = ttrpc.Frame(stream=1, kind=ttrpc.REQUEST, payload=question).encode()
+    machine = Machine(kernel=boot_kernel, root=good_initrd, accel="tcg")
+    with qemu.start(machine, tmp_path / "work") as guest:
+        _wait_for(guest.agent.exists, 10)
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as host:
+            host.settimeout(SECONDS)
+            host.connect(str(guest.agent))
+            _wait_for(lambda: b'"listening"' in guest.console.read_bytes(), SECONDS)
+            host.sendall(frame[:100])
+            time.sleep(1.6)
+            host.sendall(frame[100:])
+            assert host.recv(4096)[8:9] == b"\x02", "a response"
+        assert guest.process.poll() is None
+        time.sleep(0.05)
+        with ttrpc.connect_unix(guest.agent, 10) as connection:
+            assert AgentClient(connection).check()
