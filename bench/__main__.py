@@ -26,7 +26,7 @@ from osbuild.command import find
 from osbuild.filesystem import FILESYSTEMS
 from osbuild.initrd import build_initrd
 from osbuild.kernel import build_kernel, default_spec
-from osbuild.nvdimm_image import build_nvdimm_image, filesystem_start
+from osbuild.nvdimm_image import FILESYSTEM_START, build_nvdimm_image
 from osbuild.pipeline import memory_for
 from osbuild.report import SmokeReport, Verdict
 from osbuild.rootfs import assemble_rootfs
@@ -87,7 +87,7 @@ def measure_writers(work: Path, rounds: int) -> list[dict[str, object]]:
     filesystem = FILESYSTEMS["ext4"]
 
     def ours_image() -> None:
-        plan = filesystem.plan(rootfs.tree, start=filesystem_start(), epoch=0)
+        plan = filesystem.plan(rootfs.tree, start=FILESYSTEM_START, epoch=0)
         build_nvdimm_image(filesystem, plan, work / "ours.img", name="ext4")
 
     def mke2fs() -> None:
@@ -158,7 +158,7 @@ def measure_boots(work: Path, rounds: int) -> list[dict[str, object]]:
 
 def make_roots(work: Path, name: str, rootfs: Rootfs) -> dict[str, DiskImage | Initrd]:
     filesystem = FILESYSTEMS["ext4"]
-    plan = filesystem.plan(rootfs.tree, start=filesystem_start(), epoch=0)
+    plan = filesystem.plan(rootfs.tree, start=FILESYSTEM_START, epoch=0)
     return {
         f"{name}, DAX image on q35": build_nvdimm_image(filesystem, plan, work / f"{name}.img", name="ext4"),
         f"{name}, initramfs on microvm": build_initrd(rootfs, work / f"{name}.initrd"),

@@ -27,6 +27,7 @@ MIB: Final = 1 << 20
 SECTOR: Final = 512
 DATA_OFFSET: Final = 2 * MIB  # where the pmem driver's view starts
 PARTITION_OFFSET: Final = 3 * MIB  # of the file
+FILESYSTEM_START: Final = PARTITION_OFFSET - DATA_OFFSET  # in the view that DAX maps; a plain disk has the same
 ALIGN: Final = 2 * MIB
 _PFN_OFFSET: Final = 4096
 _MODE_RAM: Final = 1
@@ -44,7 +45,7 @@ def build_nvdimm_image(
     """
     if align <= 0 or align % ALIGN:
         raise SpecError(f"an alignment of {align} bytes is no multiple of 2 MiB")
-    first = PARTITION_OFFSET if header else PARTITION_OFFSET - DATA_OFFSET
+    first = PARTITION_OFFSET if header else FILESYSTEM_START
     total = first + plan.size
     total += -total % align
     signature = bytes.fromhex(plan.uuid[:8])
@@ -62,12 +63,6 @@ def build_nvdimm_image(
         dax=header,
         words=(f"root={device}", *filesystem.mount_words(dax=header)),
     )
-
-
-def filesystem_start(*, header: bool = True) -> int:
-    """Where the filesystem begins in the view that DAX maps: what `Filesystem.plan` wants as `start`."""
-    del header  # with or without a header the partition lies 1 MiB after the view's start
-    return PARTITION_OFFSET - DATA_OFFSET
 
 
 def mbr(start: int, size: int, signature: bytes) -> bytes:

@@ -18,7 +18,7 @@ from osbuild.filesystem import FILESYSTEMS
 from osbuild.initrd import build_initrd
 from osbuild.kernel import build_kernel, default_spec
 from osbuild.manifest import NAMES
-from osbuild.nvdimm_image import build_nvdimm_image, filesystem_start
+from osbuild.nvdimm_image import FILESYSTEM_START, build_nvdimm_image
 from osbuild.report import Report, SmokeReport, Verdict
 from osbuild.rootfs import assemble_rootfs
 from osbuild.runtime.base import Machine, least_memory
@@ -94,7 +94,7 @@ def make_image(spec: BuildSpec, rootfs: Rootfs, out: Path, show: Show) -> DiskIm
     """The DAX image."""
     filesystem = FILESYSTEMS[spec.filesystem]
     with show.step(f"writing {out.name}", name="image") as step:
-        plan = filesystem.plan(rootfs.tree, start=filesystem_start(), epoch=rootfs.epoch)
+        plan = filesystem.plan(rootfs.tree, start=FILESYSTEM_START, epoch=rootfs.epoch)
         image = build_nvdimm_image(filesystem, plan, out, name=spec.filesystem, align=spec.align)
         step.note = f"{spec.filesystem}, {size_text(image.file.size)}"
     return image

@@ -17,7 +17,7 @@ from osbuild.arch import X86_64
 from osbuild.artifacts import DiskImage, File, Initrd, Kernel, Rootfs
 from osbuild.filesystem import ext4
 from osbuild.initrd import archive, build_initrd
-from osbuild.nvdimm_image import build_nvdimm_image, filesystem_start
+from osbuild.nvdimm_image import FILESYSTEM_START, build_nvdimm_image
 from osbuild.runtime import qemu
 from osbuild.tree import Draft, Tree, device, directory, regular
 
@@ -64,7 +64,7 @@ def good_initrd(boot_rootfs: Rootfs, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def good_image(boot_rootfs: Rootfs, tmp_path_factory: pytest.TempPathFactory) -> DiskImage:
-    plan = ext4.plan(boot_rootfs.tree, start=filesystem_start(), epoch=0)
+    plan = ext4.plan(boot_rootfs.tree, start=FILESYSTEM_START, epoch=0)
     return build_nvdimm_image(ext4, plan, tmp_path_factory.mktemp("image") / "rootfs.img", name="ext4")
 
 
@@ -109,7 +109,7 @@ def initrd_of_bytes(data: bytes, path: Path) -> Initrd:
 
 def image_of(tree: Tree, path: Path, *, header: bool = True) -> DiskImage:
     """An image of any tree."""
-    plan = ext4.plan(tree, start=filesystem_start(header=header), epoch=0)
+    plan = ext4.plan(tree, start=FILESYSTEM_START(header=header), epoch=0)
     return build_nvdimm_image(ext4, plan, path, name="ext4", header=header)
 
 

@@ -15,7 +15,7 @@ from osbuild import command, nvdimm_image
 from osbuild.artifacts import DiskImage
 from osbuild.errors import InputError, SpecError
 from osbuild.filesystem import FILESYSTEMS
-from osbuild.nvdimm_image import MIB, build_nvdimm_image, filesystem_start
+from osbuild.nvdimm_image import FILESYSTEM_START, MIB, build_nvdimm_image
 from osbuild.tree import Draft, regular
 
 
@@ -23,7 +23,7 @@ def build(out: Path, *, size: int = 100_000, align: int = 2 * MIB, header: bool 
     draft = Draft()
     draft.put("/etc/file", regular(b"x" * size))
     filesystem = FILESYSTEMS["ext4"]
-    plan = filesystem.plan(draft.tree(), start=filesystem_start(), epoch=0)
+    plan = filesystem.plan(draft.tree(), start=FILESYSTEM_START, epoch=0)
     return build_nvdimm_image(filesystem, plan, out, name="ext4", align=align, header=header)
 
 
