@@ -109,7 +109,7 @@ def initrd_of_bytes(data: bytes, path: Path) -> Initrd:
 
 def image_of(tree: Tree, path: Path, *, header: bool = True) -> DiskImage:
     """An image of any tree."""
-    plan = ext4.plan(tree, start=FILESYSTEM_START(header=header), epoch=0)
+    plan = ext4.plan(tree, start=FILESYSTEM_START, epoch=0)
     return build_nvdimm_image(ext4, plan, path, name="ext4", header=header)
 
 
