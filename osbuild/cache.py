@@ -21,6 +21,7 @@ from typing import Final
 
 from osbuild.artifacts import File
 from osbuild.errors import HostError
+from osbuild.output import sync
 
 VERSION: Final = "v1"  # of the layout above: another version never reads this one's entries
 _CONTENTS: Final = "contents.json"
@@ -130,11 +131,11 @@ def _seal(directory: Path) -> None:
     for path in sorted(directory.iterdir()):
         measured = File.of(path)
         contents[path.name] = {"size": measured.size, "sha256": measured.sha256}
-        _sync(path)
+        sync(path)
     record = directory / _CONTENTS
     record.write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n")
-    _sync(record)
-    _sync(directory)
+    sync(record)
+    sync(directory)
 
 
 def _intact(directory: Path) -> bool:
@@ -147,11 +148,3 @@ def _intact(directory: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -105,7 +105,6 @@ def start(
     log: Path | None = None,
     pipe: bool = False,
     merge: bool = True,
-    pass_fds: tuple[int, ...] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Keep a program beside us for the length of the block; its whole process group is gone afterwards.
 
@@ -128,7 +127,6 @@ def start(
                 stdout=out,
                 stderr=subprocess.STDOUT if merge else subprocess.DEVNULL,
                 start_new_session=True,
-                pass_fds=pass_fds,
                 preexec_fn=_die_with_parent(os.getpid()),
             )
         except OSError as problem:

@@ -22,7 +22,7 @@ from osbuild.arch import Arch, host_arch
 from osbuild.artifacts import File, Kernel
 from osbuild.cache import Cache
 from osbuild.errors import BuildError, CommandError, HostError, InputError, SpecError
-from osbuild.kernel_source import KernelSource, find_patches, open_source, patch_source
+from osbuild.kernel_source import KernelSource, find_patches, fresh_directory, open_source, patch_source
 from osbuild.resources import resource
 
 RECIPE: Final = 2  # of this file: a change that changes the bytes takes the next number
@@ -224,19 +224,15 @@ def _inputs(
 
 @contextmanager
 def _build_directory(cache: Cache, name: str) -> Iterator[Path]:
-    """An empty directory that is gone afterwards; nobody else builds under this name (the cache's lock, our pid)."""
+    """Where make works; nobody else builds under this name (the cache's lock, our pid)."""
     out = cache.scratch("kernel-build") / name
     if re.search(r"[\s:]", str(out)):
         raise HostError(
             f"the kernel's makefiles cannot build in {out}: no blanks or colons in paths",
             hint="set OSBUILDER_CACHE to another directory",
         )
-    shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
-    out.mkdir()
-    try:
+    with fresh_directory(out):
         yield out
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
 
 
 def _new_log(cache: Cache, name: str) -> Path:

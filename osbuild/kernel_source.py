@@ -110,14 +110,15 @@ def _once(cache: Cache, name: str, make: Callable[[Path], Path]) -> Path:
     with cache.lock(f"kernel-source-{name}"):
         if home.is_dir():  # somebody else made it while we waited
             return home
-        with _staging(home.with_name(f"staging-{name}")) as staging:
+        with fresh_directory(home.with_name(f"staging-{name}")) as staging:
             make(staging).rename(home)
     return home
 
 
 @contextlib.contextmanager
-def _staging(path: Path) -> Iterator[Path]:
-    shutil.rmtree(path, ignore_errors=True)  # of a run that was killed; we hold the lock
+def fresh_directory(path: Path) -> Iterator[Path]:
+    """An empty directory that is gone afterwards; the caller makes sure that nobody else uses this name."""
+    shutil.rmtree(path, ignore_errors=True)  # of a run that was killed
     path.mkdir()
     try:
         yield path

@@ -34,7 +34,7 @@ def writing(path: Path) -> Iterator[int]:
             temporary = _name_it(descriptor, path)
         os.rename(temporary, path)  # noqa: PTH104
         temporary = ""
-        sync_directory(path.parent)
+        sync(path.parent)
     except OSError as problem:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise HostError(f"cannot write {quote(str(path))}: {problem.strerror}") from problem
@@ -76,9 +76,9 @@ def write_whole(path: Path, data: bytes) -> None:
             view = view[os.write(descriptor, view) :]
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames in a directory survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the names in a directory, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -57,11 +58,7 @@ def build(spec: BuildSpec, cache: Cache, show: Show) -> Build:
             roots["image"] = make_image(spec, rootfs, out / NAMES["image"], show)
         if "initrd" in spec.kinds:
             roots["initrd"] = make_initrd(spec, rootfs, out / NAMES["initrd"], show)
-        report = None
-        if spec.smoke:
-            boots = tuple(boot(spec.guest, kernel, name, root, out, rootfs.agent, show) for name, root in roots.items())
-            report = Report(boots=boots)
-            report.write(out / "smoke")
+        report = boot_all(spec.guest, kernel, roots, out, rootfs.agent, show) if spec.smoke else None
         manifest.write_lock(out, spec, rootfs, kernel, image)
         document = manifest.write(out, rootfs, kernel, roots, image)
         return Build(out=spec.out, manifest=document, report=report)
@@ -72,10 +69,7 @@ def boot_again(out: Path, wishes: GuestSpec, show: Show) -> Report:
     with show.step(f"checking {out}", name="check"):
         kernel, roots, agent = manifest.read(out)
     with locked(out):
-        boots = tuple(boot(wishes, kernel, name, root, out.absolute(), agent, show) for name, root in roots.items())
-        report = Report(boots=boots)
-        report.write(out / "smoke")
-    return report
+        return boot_all(wishes, kernel, roots, out.absolute(), agent, show)
 
 
 def make_rootfs(spec: BuildSpec, image: SourceImage, cache: Cache, show: Show) -> Rootfs:
@@ -127,6 +121,16 @@ def copy_kernel(kernel: Kernel, out: Path) -> Kernel:
         vmlinuz=copy_file(kernel.vmlinuz, out / "vmlinuz"),
         config=copy_file(kernel.config, out / "config"),
     )
+
+
+def boot_all(
+    wishes: GuestSpec, kernel: Kernel, roots: Mapping[str, DiskImage | Initrd], out: Path, agent: str, show: Show
+) -> Report:
+    """Boot each root in turn; the report and its evidence lie in `out`/smoke afterwards."""
+    boots = tuple(boot(wishes, kernel, name, root, out, agent, show) for name, root in roots.items())
+    report = Report(boots=boots)
+    report.write(out / "smoke")
+    return report
 
 
 def boot(

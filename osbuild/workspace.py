@@ -14,7 +14,7 @@ from typing import Final
 from osbuild.artifacts import File
 from osbuild.errors import BuildError, HostError, SpecError
 from osbuild.manifest import LOCK, MANIFEST, NAMES
-from osbuild.output import sync_directory, write_whole, writing
+from osbuild.output import sync, write_whole, writing
 from osbuild.tree import copy_range, quote
 
 MARK: Final = ".osbuilder"  # made before the first output, so that what a killed build left is known for what it is
@@ -67,7 +67,7 @@ def sweep(out: Path) -> None:
             shutil.rmtree(out / name)
         elif name != MARK:
             (out / name).unlink()
-    sync_directory(out)
+    sync(out)
 
 
 def copy_file(file: File, out: Path) -> File:
