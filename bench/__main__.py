@@ -27,13 +27,16 @@ from osbuild.filesystem import FILESYSTEMS
 from osbuild.initrd import build_initrd
 from osbuild.kernel import build_kernel, default_spec
 from osbuild.nvdimm_image import FILESYSTEM_START, build_nvdimm_image
+from osbuild.oci import Platform
 from osbuild.pipeline import memory_for
 from osbuild.report import SmokeReport, Verdict
 from osbuild.rootfs import assemble_rootfs
 from osbuild.runtime.base import Machine
 from osbuild.smoke import run as smoke
 from osbuild.sources import open_image
+from osbuild.sources.image import Want
 
+WANT = Want(platform=Platform(os="linux", architecture=X86_64.oci), cache=default_cache())
 FILES = 10_000
 BYTES = 200 << 20
 ROOT = Path(__file__).parent.parent
@@ -82,7 +85,7 @@ def measure_writers(work: Path, rounds: int) -> list[dict[str, object]]:
     subprocess.run(
         [str(ROOT / "scripts/oci-layout"), str(work / "rootfs.tar"), str(layout), "bench:latest"], check=True
     )
-    image = open_image(f"oci:{layout}", X86_64)
+    image = open_image(f"oci:{layout}", WANT)
     rootfs = install_agent(assemble_rootfs(image, epoch=0), build_agent(X86_64, default_cache()))
     filesystem = FILESYSTEMS["ext4"]
 
@@ -133,9 +136,7 @@ def measure_boots(work: Path, rounds: int) -> list[dict[str, object]]:
         layout = work / name
         environment = os.environ | {"DOCKER_HOST": "unix:///nonexistent"}
         subprocess.run([str(ROOT / "scripts/base-image"), name, str(layout)], check=True, env=environment)
-        rootfs = install_agent(
-            assemble_rootfs(open_image(f"oci:{layout}", X86_64), epoch=0), build_agent(X86_64, cache)
-        )
+        rootfs = install_agent(assemble_rootfs(open_image(f"oci:{layout}", WANT), epoch=0), build_agent(X86_64, cache))
         roots |= make_roots(work, name, rootfs)
     found: dict[str, list[SmokeReport]] = {name: [] for name in roots}
     for _ in range(rounds):

@@ -304,9 +304,10 @@ def _rootfs(spec: BuildSpec, show: console.Show) -> Rootfs:
     from osbuild import pipeline
     from osbuild.sources import open_image
 
-    with show.step(f"opening {spec.image}", name="open"):
-        image = open_image(spec.image, spec.arch)
-    return pipeline.make_rootfs(spec, image, default_cache(), show)
+    cache = default_cache()
+    with show.step(f"opening {spec.image}", name="open") as step:
+        image = open_image(spec.image, pipeline.wanted(spec, cache, step))
+    return pipeline.make_rootfs(spec, image, cache, show)
 
 
 def _file_json(file: File) -> dict[str, Any]:

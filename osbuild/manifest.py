@@ -56,7 +56,7 @@ def write_lock(out: Path, spec: BuildSpec, rootfs: Rootfs, kernel: Kernel, image
         "image": {
             "reference": image.reference,
             "digest": image.digest,
-            "layers": [layer.diff_id for layer in image.layers],
+            "layers": list(image.config.diff_ids),
         },
         "agent": {"name": rootfs.agent, "sha256": rootfs.agent_sha256},
         "kernel": {"key": kernel.key, "inputs": kernel.inputs},

@@ -62,6 +62,23 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Platform:
+    """What an image runs on; an empty variant matches every one."""
+
+    os: str
+    architecture: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return "/".join(part for part in (self.os, self.architecture, self.variant) if part)
+
+    def matches(self, wanted: Platform) -> bool:
+        """Whether an image for this platform is what was asked for."""
+        same = (self.os, self.architecture) == (wanted.os, wanted.architecture)
+        return same and (not wanted.variant or wanted.variant == self.variant)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Descriptor:
     """A blob by type, digest and size."""
 
@@ -69,7 +86,7 @@ class Descriptor:
     digest: str
     size: int
     annotations: Mapping[str, str]
-    platform: tuple[str, str] | None = None  # os, architecture
+    platform: Platform | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +101,19 @@ class Manifest:
 class ImageConfig:
     """The parts of an image's config that we use; `document` is all of it."""
 
-    os: str
-    architecture: str
+    platform: Platform
     diff_ids: tuple[str, ...]
     document: Json
+
+
+def parse_platform(text: str) -> Platform:
+    """`linux/arm64` or `linux/arm/v7`."""
+    parts = text.split("/")
+    if len(parts) not in (2, 3) or not all(re.fullmatch(r"[a-z0-9_.-]+", part) for part in parts):
+        raise SpecError(f"no platform {quote(text)}", hint="OS/ARCHITECTURE or OS/ARCHITECTURE/VARIANT: linux/amd64")
+    if parts[0] != "linux":
+        raise SpecError(f"no guests for {quote(parts[0])}", hint="linux/ARCHITECTURE")
+    return Platform(os=parts[0], architecture=parts[1], variant=parts[2] if len(parts) == 3 else "")
 
 
 def parse_reference(text: str, transports: frozenset[str]) -> Reference:
@@ -172,15 +198,19 @@ def parse_descriptor(value: object, where: str) -> Descriptor:
     if not isinstance(annotations, dict):
         raise InputError(f"{where}: annotations that are no object")
     platform = value.get("platform")
-    pair = None
+    found = None
     if isinstance(platform, dict):
-        pair = (str(platform.get("os", "")), str(platform.get("architecture", "")))
+        found = Platform(
+            os=str(platform.get("os", "")),
+            architecture=str(platform.get("architecture", "")),
+            variant=str(platform.get("variant", "")),
+        )
     return Descriptor(
         media_type=media_type,
         digest=check_digest(value.get("digest"), where),
         size=size,
         annotations={str(key): str(text) for key, text in annotations.items()},
-        platform=pair,
+        platform=found,
     )
 
 
@@ -227,8 +257,11 @@ def parse_config(data: bytes, where: str) -> ImageConfig:
     if not isinstance(diff_ids, list) or not diff_ids:
         raise InputError(f"{where}: an image without layers")
     return ImageConfig(
-        os=str(document.get("os", "")),
-        architecture=str(document.get("architecture", "")),
+        platform=Platform(
+            os=str(document.get("os", "")),
+            architecture=str(document.get("architecture", "")),
+            variant=str(document.get("variant", "")),
+        ),
         diff_ids=tuple(check_digest(item, where) for item in diff_ids),
         document=document,
     )

@@ -14,17 +14,18 @@ from osbuild.agent import build_agent, install_agent
 from osbuild.arch import MIB
 from osbuild.artifacts import DiskImage, Initrd, Kernel, Rootfs
 from osbuild.cache import Cache
-from osbuild.console import Show, size_text
+from osbuild.console import Show, Step, size_text
 from osbuild.filesystem import FILESYSTEMS
 from osbuild.initrd import build_initrd
 from osbuild.kernel import build_kernel, default_spec
 from osbuild.manifest import NAMES
 from osbuild.nvdimm_image import FILESYSTEM_START, build_nvdimm_image
+from osbuild.oci import Platform
 from osbuild.report import Report, SmokeReport, Verdict
 from osbuild.rootfs import assemble_rootfs
 from osbuild.runtime.base import Machine, least_memory
 from osbuild.sources import open_image
-from osbuild.sources.image import SourceImage
+from osbuild.sources.image import SourceImage, Want
 from osbuild.spec import BuildSpec, GuestSpec
 from osbuild.workspace import copy_file, locked, sweep, workspace
 
@@ -47,8 +48,8 @@ def build(spec: BuildSpec, cache: Cache, show: Show) -> Build:
     """
     with workspace(spec.out) as out:
         with show.step(f"opening {spec.image}", name="open") as step:
-            image = open_image(spec.image, spec.arch)
-            step.note = f"{len(image.layers)} layers"
+            image = open_image(spec.image, wanted(spec, cache, step))
+            step.note = f"{len(image.tree)} entries in {len(image.config.diff_ids)} layers"
         rootfs = make_rootfs(spec, image, cache, show)
         kernel = make_kernel(spec, cache, show)
         sweep(out)
@@ -62,6 +63,12 @@ def build(spec: BuildSpec, cache: Cache, show: Show) -> Build:
         manifest.write_lock(out, spec, rootfs, kernel, image)
         document = manifest.write(out, rootfs, kernel, roots, image)
         return Build(out=spec.out, manifest=document, report=report)
+
+
+def wanted(spec: BuildSpec, cache: Cache, step: Step) -> Want:
+    """What is asked of the image's source."""
+    platform = spec.platform or Platform(os="linux", architecture=spec.arch.oci)
+    return Want(platform=platform, cache=cache, limits=spec.limits, registry=spec.registry, progress=step.advance)
 
 
 def boot_again(out: Path, wishes: GuestSpec, show: Show) -> Report:

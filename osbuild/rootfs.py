@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Final
 
 from osbuild.artifacts import Rootfs
-from osbuild.layers import flatten
 from osbuild.sources.image import SourceImage
 from osbuild.tree import Draft, Entry, Tree, device, directory, regular, symlink
 
@@ -20,7 +19,7 @@ Rule = Callable[[Draft, int], None]
 
 def assemble_rootfs(image: SourceImage, *, epoch: int, clamp: bool = False) -> Rootfs:
     """The guest's tree. `epoch`, in seconds, is the time of all that we add; with `clamp` nothing is newer than it."""
-    draft = flatten(image.layers).edit()
+    draft = image.tree.edit()
     for rule in RULES:
         rule(draft, epoch * 1_000_000_000)
     return Rootfs(tree=settle(draft.tree(), epoch=epoch, clamp=clamp), init="", epoch=epoch)

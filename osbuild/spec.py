@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -13,10 +13,13 @@ from osbuild.arch import Arch
 from osbuild.errors import SpecError
 from osbuild.filesystem import FILESYSTEMS
 from osbuild.initrd import COMPRESSIONS
+from osbuild.oci import Platform
+from osbuild.tar import Limits
 from osbuild.tree import quote
 
 KINDS: Final = ("image", "initrd")
 ACCELS: Final = ("auto", "kvm", "tcg")
+INITS: Final = ("agent", "systemd")
 _SECONDS_MAX: Final = 86400
 _LEAST_MIB: Final = 64
 _EPOCH_MAX: Final = (1 << 32) - 1  # what a cpio header can say
@@ -42,6 +45,41 @@ class GuestSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrySpec:
+    """How registries are to be reached."""
+
+    mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # registry host -> mirrors to try before it
+    insecure: frozenset[str] = frozenset()  # HOST[:PORT]s that may be spoken to over plain HTTP, besides loopback
+    auth_file: Path | None = None  # instead of $DOCKER_CONFIG/config.json or ~/.docker/config.json
+    offline: bool = False  # the cache only
+    seconds: float = 1800.0  # for a whole pull
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addition:
+    """A file or directory of this machine that goes into the guest's tree."""
+
+    source: Path
+    target: str  # absolute, in the guest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootfsSpec:
+    """What the guest's tree is to be, besides what every guest needs: SpecError when it cannot be meant."""
+
+    init: str = "agent"  # or systemd: the agent as one of its services
+    slim: bool = False  # without the systemd units that a guest has no use for
+    modules: Path | None = None  # a directory of kernel modules: becomes /lib/modules/RELEASE
+    hooks: Path | None = None  # a directory of OCI hooks: prestart/, poststart/, poststop/
+    policy: Path | None = None  # the agent's policy, in rego
+    add: tuple[Addition, ...] = ()
+    remove: tuple[str, ...] = ()  # absolute paths in the guest; * and ? match within one component
+
+    def __post_init__(self) -> None:
+        _one_of("init", self.init, INITS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildSpec:
     """One build: SpecError when it cannot be meant."""
 
@@ -56,6 +94,10 @@ class BuildSpec:
     features: tuple[str, ...] = ()
     smoke: bool = True
     guest: GuestSpec = field(default_factory=GuestSpec)
+    platform: Platform | None = None  # of the image; the architecture's own when not given
+    limits: Limits = field(default_factory=Limits)
+    registry: RegistrySpec = field(default_factory=RegistrySpec)
+    rootfs: RootfsSpec = field(default_factory=RootfsSpec)
     epoch: int | None = field(default_factory=lambda: source_date_epoch())
 
     def __post_init__(self) -> None:

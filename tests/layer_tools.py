@@ -11,7 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from osbuild.arch import X86_64, Arch
+from osbuild.cache import default_cache
 from osbuild.layers import Layer
+from osbuild.oci import Platform
+from osbuild.sources import open_image
+from osbuild.sources.image import SourceImage, Want
 from osbuild.tree import Spool
 
 
@@ -43,6 +48,12 @@ def archive(*members: tuple[tarfile.TarInfo, bytes], form: int = tarfile.PAX_FOR
         for info, data in members:
             tar.addfile(info, io.BytesIO(data))
     return out.getvalue()
+
+
+def opened(text: str, arch: Arch = X86_64, **wishes: Any) -> SourceImage:
+    """The image that the words name, for an architecture."""
+    platform = Platform(os="linux", architecture=arch.oci)
+    return open_image(text, Want(platform=platform, cache=wishes.pop("cache", default_cache()), **wishes))
 
 
 def spooled(data: bytes) -> Spool:

@@ -11,13 +11,12 @@ from osbuild.agent import install_agent
 from osbuild.arch import X86_64
 from osbuild.artifacts import File, Rootfs
 from osbuild.rootfs import assemble_rootfs
-from osbuild.sources import open_image
-from tests.layer_tools import archive, folder, hardlink, link, member, write_layout
+from tests.layer_tools import archive, folder, hardlink, link, member, opened, write_layout
 
 
 def assemble(tmp_path: Path, *members: object, epoch: int = 1000, clamp: bool = False) -> Rootfs:
     write_layout(tmp_path / "layout", [archive(*members)])  # type: ignore[arg-type]
-    return assemble_rootfs(open_image(f"oci:{tmp_path}/layout", X86_64), epoch=epoch, clamp=clamp)
+    return assemble_rootfs(opened(f"oci:{tmp_path}/layout", X86_64), epoch=epoch, clamp=clamp)
 
 
 def test_an_empty_image_gets_all_a_guest_needs(tmp_path: Path) -> None:

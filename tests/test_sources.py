@@ -21,10 +21,9 @@ import pytest
 from osbuild import zstd
 from osbuild.arch import AARCH64, X86_64
 from osbuild.errors import HostError, InputError
-from osbuild.layers import flatten
-from osbuild.sources import SOURCES, open_image
-from osbuild.sources.image import uncompressed
-from tests.layer_tools import archive, folder, hardlink, link, member, write_layout
+from osbuild.sources import SOURCES
+from osbuild.uncompress import uncompressed
+from tests.layer_tools import archive, folder, hardlink, link, member, opened, write_layout
 
 LAYERS = (
     archive(folder("etc"), member("etc/a", b"lower"), member("etc/gone", b"x"), link("l", "etc")),
@@ -112,24 +111,24 @@ def roads(tmp_path: Path, daemon: _Daemon) -> dict[str, str]:
 
 @pytest.mark.parametrize("transport", SOURCES)
 def test_the_same_image_by_every_road_gives_the_same_tree(transport: str, roads: dict[str, str]) -> None:
-    image = open_image(roads[transport], X86_64)
-    tree = flatten(image.layers)
+    image = opened(roads[transport], X86_64)
+    tree = image.tree
     assert list(tree) == ["/", "/etc", "/etc/a", "/etc/b", "/l"]
     assert tree["/etc/a"] is tree["/etc/b"]
-    assert tree.digest() == flatten(open_image(roads["oci"], X86_64).layers).digest()
+    assert tree.digest() == opened(roads["oci"], X86_64).tree.digest()
 
 
 @pytest.mark.parametrize("transport", SOURCES)
 def test_an_image_for_another_machine_is_refused(transport: str, roads: dict[str, str]) -> None:
     with pytest.raises(InputError, match="linux/arm64"):
-        open_image(roads[transport], AARCH64)
+        opened(roads[transport], AARCH64)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_daemon_is_the_hosts_lack_and_names_the_other_roads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/no.sock")
     with pytest.raises(HostError, match="no Docker daemon answers") as caught:
-        open_image("docker-daemon:x", X86_64)
+        opened("docker-daemon:x", X86_64)
     assert "oci:DIR" in caught.value.hint
     del caught
     gc.collect()  # docker 7.2 leaves the socket open that could not be connected: here, not in the next test
@@ -138,56 +137,56 @@ def test_no_daemon_is_the_hosts_lack_and_names_the_other_roads(tmp_path: Path, m
 def test_an_image_the_daemon_has_not_is_named(daemon: _Daemon) -> None:
     daemon.status = 404
     with pytest.raises(InputError, match="no image 'x:latest'"):
-        open_image("docker-daemon:x", X86_64)
+        opened("docker-daemon:x", X86_64)
 
 
 def test_a_save_that_was_cut_off_is_refused(daemon: _Daemon) -> None:
     daemon.body = save()[: len(save()) // 2 + 100]
     with pytest.raises(InputError):
-        open_image("docker-daemon:x", X86_64)
+        opened("docker-daemon:x", X86_64)
 
 
 def test_a_layer_that_stands_twice_is_read_through_its_link(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(save((LAYERS[0], LAYERS[0]), linked=True))
-    assert len(open_image(f"docker-archive:{tmp_path}/a.tar", X86_64).layers) == 2
+    assert len(opened(f"docker-archive:{tmp_path}/a.tar", X86_64).config.diff_ids) == 2
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, lambda data: _zstd(data)], ids=["gzip", "zstd"])
 def test_a_compressed_archive_is_read(pack: Any, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(pack(save()))
-    assert len(open_image(f"docker-archive:{tmp_path}/a.tar", X86_64).layers) == 2
+    assert len(opened(f"docker-archive:{tmp_path}/a.tar", X86_64).config.diff_ids) == 2
 
 
 def test_two_images_in_one_archive_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(save(images=2))
     with pytest.raises(InputError, match="2 images"):
-        open_image(f"docker-archive:{tmp_path}/a.tar", X86_64)
+        opened(f"docker-archive:{tmp_path}/a.tar", X86_64)
 
 
 def test_a_compressed_layer_is_the_same_image(tmp_path: Path) -> None:
     write_layout(tmp_path / "plain", LAYERS)
     write_layout(tmp_path / "packed", LAYERS, compress=True)
-    plain, packed = (flatten(open_image(f"oci:{tmp_path}/{name}", X86_64).layers) for name in ("plain", "packed"))
+    plain, packed = (opened(f"oci:{tmp_path}/{name}", X86_64).tree for name in ("plain", "packed"))
     assert plain.digest() == packed.digest()
 
 
 def test_a_tag_chooses_and_a_wrong_one_lists_the_right_ones(tmp_path: Path) -> None:
     write_layout(tmp_path / "l", LAYERS[:1], tag="one")
     write_layout(tmp_path / "l", LAYERS, tag="two")
-    assert len(open_image(f"oci:{tmp_path}/l:one", X86_64).layers) == 1
-    assert len(open_image(f"oci:{tmp_path}/l:two", X86_64).layers) == 2
+    assert len(opened(f"oci:{tmp_path}/l:one", X86_64).config.diff_ids) == 1
+    assert len(opened(f"oci:{tmp_path}/l:two", X86_64).config.diff_ids) == 2
     with pytest.raises(InputError) as caught:
-        open_image(f"oci:{tmp_path}/l:three", X86_64)
+        opened(f"oci:{tmp_path}/l:three", X86_64)
     assert "'one', 'two'" in caught.value.hint
     with pytest.raises(InputError, match="2 of 2 images"):
-        open_image(f"oci:{tmp_path}/l", X86_64)
+        opened(f"oci:{tmp_path}/l", X86_64)
 
 
 def test_a_platform_chooses_when_no_tag_does(tmp_path: Path) -> None:
     write_layout(tmp_path / "l", LAYERS[:1], architecture="arm64")
     write_layout(tmp_path / "l", LAYERS, architecture="amd64")
-    assert len(open_image(f"oci:{tmp_path}/l", X86_64).layers) == 2
-    assert len(open_image(f"oci:{tmp_path}/l", AARCH64).layers) == 1
+    assert len(opened(f"oci:{tmp_path}/l", X86_64).config.diff_ids) == 2
+    assert len(opened(f"oci:{tmp_path}/l", AARCH64).config.diff_ids) == 1
 
 
 def _lie(layout: Path, blob: str, data: bytes) -> None:
@@ -199,27 +198,27 @@ def test_a_blob_with_other_bytes_of_the_right_length_is_refused(tmp_path: Path) 
     layer = manifest["layers"][0]
     _lie(tmp_path / "l", layer["digest"], b"x" * layer["size"])
     with pytest.raises(InputError, match="has the content of"):
-        open_image(f"oci:{tmp_path}/l", X86_64)
+        opened(f"oci:{tmp_path}/l", X86_64)
 
 
 def test_a_blob_of_another_size_is_refused(tmp_path: Path) -> None:
     manifest = write_layout(tmp_path / "l", LAYERS)
     _lie(tmp_path / "l", manifest["layers"][0]["digest"], b"short")
     with pytest.raises(InputError, match="has 5 bytes"):
-        open_image(f"oci:{tmp_path}/l", X86_64)
+        opened(f"oci:{tmp_path}/l", X86_64)
 
 
 def test_a_layer_that_is_not_its_diff_id_is_refused(tmp_path: Path) -> None:
     write_layout(tmp_path / "l", LAYERS, rootfs={"type": "layers", "diff_ids": ["sha256:" + "0" * 64] * 2})
     with pytest.raises(InputError, match="but the config says"):
-        open_image(f"oci:{tmp_path}/l", X86_64)
+        opened(f"oci:{tmp_path}/l", X86_64)
 
 
 def test_more_layers_than_the_config_names_are_refused(tmp_path: Path) -> None:
     digest = "sha256:" + hashlib.sha256(LAYERS[0]).hexdigest()
     write_layout(tmp_path / "l", LAYERS, rootfs={"type": "layers", "diff_ids": [digest]})
     with pytest.raises(InputError, match="2 layers, but the config names 1"):
-        open_image(f"oci:{tmp_path}/l", X86_64)
+        opened(f"oci:{tmp_path}/l", X86_64)
 
 
 def test_a_blob_that_is_a_link_to_a_host_file_is_not_followed(tmp_path: Path) -> None:
@@ -228,7 +227,7 @@ def test_a_blob_that_is_a_link_to_a_host_file_is_not_followed(tmp_path: Path) ->
     blob.rename(tmp_path / "elsewhere")
     blob.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="cannot read"):
-        open_image(f"oci:{tmp_path}/l", X86_64)
+        opened(f"oci:{tmp_path}/l", X86_64)
 
 
 @pytest.mark.parametrize("what", ["nothing", "a file", "an empty directory"])
@@ -238,7 +237,7 @@ def test_what_is_no_layout_is_refused(what: str, tmp_path: Path) -> None:
     elif what == "an empty directory":
         (tmp_path / "l").mkdir()
     with pytest.raises(InputError):
-        open_image(f"oci:{tmp_path}/l", X86_64)
+        opened(f"oci:{tmp_path}/l", X86_64)
 
 
 def test_skopeo_makes_a_layout_that_we_read(tmp_path: Path) -> None:
@@ -250,8 +249,8 @@ def test_skopeo_makes_a_layout_that_we_read(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(save())
     command = ["skopeo", "--insecure-policy", "copy", "-q", f"docker-archive:{tmp_path}/a.tar", f"oci:{tmp_path}/l:t"]
     subprocess.run(command, check=True)
-    theirs = flatten(open_image(f"oci:{tmp_path}/l:t", X86_64).layers)
-    assert theirs.digest() == flatten(open_image(f"docker-archive:{tmp_path}/a.tar", X86_64).layers).digest()
+    theirs = opened(f"oci:{tmp_path}/l:t", X86_64).tree
+    assert theirs.digest() == opened(f"docker-archive:{tmp_path}/a.tar", X86_64).tree.digest()
 
 
 def _zstd(data: bytes) -> bytes:

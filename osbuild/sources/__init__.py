@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Final, Protocol
 
 from osbuild import oci
-from osbuild.arch import Arch
 from osbuild.errors import InputError
 from osbuild.sources import archive, daemon, layout
-from osbuild.sources.image import SourceImage
+from osbuild.sources.image import SourceImage, Want
+from osbuild.tree import quote
 
 
 class Source(Protocol):
     """What a module must have to be a row."""
 
-    def open_image(self, reference: oci.Reference, arch: Arch) -> SourceImage:
+    def open_image(self, reference: oci.Reference, want: Want) -> SourceImage:
         """The image, every layer checked against its digests; InputError or HostError if it is not to be had."""
 
 
@@ -26,12 +26,14 @@ SOURCES: Final[Mapping[str, Source]] = {
 }
 
 
-def open_image(text: str, arch: Arch) -> SourceImage:
-    """The image that the user's words name, checked, and for the architecture that was asked for."""
+def open_image(text: str, want: Want) -> SourceImage:
+    """The image that the user's words name, checked, and for the platform that was asked for."""
     reference = oci.parse_reference(text, frozenset(SOURCES))
-    image = SOURCES[reference.transport].open_image(reference, arch)
-    if image.config.os not in ("linux", "") or image.config.architecture not in (arch.oci, ""):
+    image = SOURCES[reference.transport].open_image(reference, want)
+    found = image.config.platform
+    if found.os not in (want.platform.os, "") or found.architecture not in (want.platform.architecture, ""):
         raise InputError(
-            f"{reference}: this image is for {image.config.os}/{image.config.architecture}, not linux/{arch.oci}"
+            f"{reference}: this image is for {quote(str(found))}, not {want.platform}",
+            hint=f"--platform {found} takes it as it is" if found.os == "linux" else "",
         )
     return image

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Final
 
 from osbuild import oci, tar
-from osbuild.arch import Arch
 from osbuild.errors import InputError
 from osbuild.layers import Layer
-from osbuild.sources.image import CHUNK, SourceImage, add_layer, checked_layer, match_layers, sniff, uncompressed
+from osbuild.sources.image import SourceImage, Want, add_layer, checked_layer, finished, match_layers
 from osbuild.tree import Slice, Spool, quote
+from osbuild.uncompress import CHUNK, sniff, uncompressed
 
 _HINT: Final = "docker save -o FILE IMAGE makes an archive; it may be compressed with gzip or zstd"
 
 
-def open_image(reference: oci.Reference, arch: Arch) -> SourceImage:
+def open_image(reference: oci.Reference, want: Want) -> SourceImage:
     """The only image of an archive file, which may itself be compressed."""
-    del arch  # an archive holds one image; its config says for what
     path = Path(reference.name)
     spool = Spool()
     try:
@@ -39,13 +38,13 @@ def open_image(reference: oci.Reference, arch: Arch) -> SourceImage:
     except OSError as problem:
         raise InputError(f"cannot read {quote(str(path))}: {problem.strerror or problem}") from None
     try:
-        return read_archive(spool, str(reference))
+        return read_archive(spool, str(reference), want)
     except InputError as problem:
         problem.hint = problem.hint or _HINT
         raise
 
 
-def read_archive(spool: Spool, where: str) -> SourceImage:
+def read_archive(spool: Spool, where: str, want: Want) -> SourceImage:
     """The only image of an archive that lies in a spool; its layers stay where they are unless compressed."""
     archive = _Archive(spool, where)
     document = _image_record(archive.document("manifest.json"), where)
@@ -55,15 +54,11 @@ def read_archive(spool: Spool, where: str) -> SourceImage:
     if not isinstance(names, list) or not names:
         raise InputError(f"{where}: an image without layers")
     match_layers(names, config, where)
-    return SourceImage(
-        reference=where,
-        digest=f"sha256:{hashlib.sha256(config_bytes).hexdigest()}",
-        config=config,
-        layers=tuple(
-            _layer(archive.content(_name(name, where)), diff_id, where)
-            for name, diff_id in zip(names, config.diff_ids, strict=True)
-        ),
-    )
+    layers = [
+        _layer(archive.content(_name(name, where)), diff_id, where)
+        for name, diff_id in zip(names, config.diff_ids, strict=True)
+    ]
+    return finished(where, f"sha256:{hashlib.sha256(config_bytes).hexdigest()}", config, layers, want)
 
 
 class _Archive:

@@ -6,10 +6,9 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from osbuild import oci
-from osbuild.arch import Arch
 from osbuild.errors import HostError, InputError
 from osbuild.sources.archive import read_archive
-from osbuild.sources.image import SourceImage
+from osbuild.sources.image import SourceImage, Want
 from osbuild.tree import Spool, quote
 
 if TYPE_CHECKING:
@@ -20,9 +19,8 @@ CHUNK: Final = 2 << 20
 SECONDS: Final = 600  # the SDK's own 60 s is too short for a daemon that packs a large image before its first byte
 
 
-def open_image(reference: oci.Reference, arch: Arch) -> SourceImage:
+def open_image(reference: oci.Reference, want: Want) -> SourceImage:
     """Ask the daemon for the image; HostError when there is no daemon, InputError when it has no such image."""
-    del arch  # a daemon holds one platform under a name; the config says which
     import docker.errors
     import requests.exceptions
 
@@ -40,7 +38,7 @@ def open_image(reference: oci.Reference, arch: Arch) -> SourceImage:
         raise HostError(f"the Docker daemon could not give {quote(name)}: {_first_line(problem)}") from None
     finally:
         client.close()
-    return read_archive(spool, str(reference))
+    return read_archive(spool, str(reference), want)
 
 
 def connect(seconds: int = 10) -> docker.DockerClient:

@@ -1,32 +1,48 @@
-"""What every source ends in: an image whose layers lie in a spool and have been checked against its config."""
+"""What every source ends in: an image that has been checked against its config, and what it comes to."""
 
 from __future__ import annotations
 
 import hashlib
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
-from osbuild import oci, zstd
+from osbuild import oci
+from osbuild.cache import Cache
 from osbuild.errors import InputError
-from osbuild.layers import Layer
-from osbuild.tree import Spool
+from osbuild.layers import Layer, flatten
+from osbuild.spec import RegistrySpec
+from osbuild.tar import Limits
+from osbuild.tree import Spool, Tree
+from osbuild.uncompress import uncompressed
 
-CHUNK: Final = 1 << 20
 LAYER_MAX: Final = 64 << 30  # bytes of one uncompressed layer
-RATIO_MAX: Final = 1100  # deflate cannot do better than 1032:1; more is a lie of some other kind
-_RATIO_FLOOR: Final = 64 << 20  # below this many bytes nobody minds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """What is asked of a source, besides which image."""
+
+    platform: oci.Platform
+    cache: Cache
+    limits: Limits = field(default_factory=Limits)
+    registry: RegistrySpec = field(default_factory=RegistrySpec)
+    progress: Callable[[int, int], None] = lambda _done, _total: None  # bytes fetched, of how many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceImage:
-    """A checked image, not yet flattened."""
+    """A checked image, flattened."""
 
     reference: str  # as the user would write it
-    digest: str  # of the manifest where the source has one, else of the config
+    digest: str  # of the manifest where the source has one, else of the config, else of the tree
     config: oci.ImageConfig
-    layers: tuple[Layer, ...]
+    tree: Tree  # the layers laid over each other, before any policy
+
+
+def finished(reference: str, digest: str, config: oci.ImageConfig, layers: Sequence[Layer], want: Want) -> SourceImage:
+    """The image that these checked layers, lowest first, come to."""
+    return SourceImage(reference=reference, digest=digest, config=config, tree=flatten(layers, want.limits))
 
 
 def add_layer(spool: Spool, chunks: Iterable[bytes], compression: str, diff_id: str, where: str) -> Layer:
@@ -52,76 +68,3 @@ def match_layers(found: Sequence[object], config: oci.ImageConfig, where: str) -
     """Refuse a config that speaks of more or fewer layers than there are."""
     if len(found) != len(config.diff_ids):
         raise InputError(f"{where}: {len(found)} layers, but the config names {len(config.diff_ids)}")
-
-
-def sniff(head: bytes) -> str:
-    """How a stream is compressed, by its first four bytes: for archives, which do not say."""
-    if head.startswith(b"\x1f\x8b"):
-        return "gzip"
-    return "zstd" if head.startswith(b"\x28\xb5\x2f\xfd") else "none"
-
-
-def uncompressed(chunks: Iterable[bytes], compression: str, where: str) -> Iterator[bytes]:
-    """The stream's bytes in pieces of bounded size; InputError for damage, a cut, or an absurd ratio."""
-    if compression == "none":
-        yield from chunks
-    elif compression == "gzip":
-        yield from _bounded(_gunzip(chunks, where), where)
-    else:
-        yield from _bounded(_unzstd(chunks, where), where)
-
-
-def _bounded(pairs: Iterator[tuple[int, bytes]], where: str) -> Iterator[bytes]:
-    total = 0
-    for taken, data in pairs:
-        total += len(data)
-        if total > _RATIO_FLOOR and total > RATIO_MAX * taken:
-            raise InputError(f"{where}: {taken} compressed bytes become more than {total}: a decompression bomb")
-        yield data
-
-
-def _gunzip(chunks: Iterable[bytes], where: str) -> Iterator[tuple[int, bytes]]:
-    """(compressed bytes taken so far, a piece of the content); several gzip members are one stream (RFC 1952)."""
-    taken = 0
-    member = zlib.decompressobj(wbits=31)
-    try:
-        for chunk in chunks:
-            taken += len(chunk)
-            data = chunk
-            while data:
-                if member.eof:
-                    if not data.strip(b"\0"):  # padding
-                        break
-                    member = zlib.decompressobj(wbits=31)
-                yield taken, member.decompress(data, CHUNK)
-                data = member.unused_data if member.eof else member.unconsumed_tail
-        while not member.eof:
-            data = member.decompress(member.unconsumed_tail, CHUNK)
-            if not data:
-                break
-            yield taken, data
-    except zlib.error as problem:
-        raise InputError(f"{where}: damaged gzip data: {problem}") from None
-    if not member.eof:
-        raise InputError(f"{where}: gzip data is cut off")
-
-
-def _unzstd(chunks: Iterable[bytes], where: str) -> Iterator[tuple[int, bytes]]:
-    """The same for zstd: several frames are one stream (RFC 8878)."""
-    taken = 0
-    frame = zstd.decompressor()
-    try:
-        for chunk in chunks:
-            taken += len(chunk)
-            data = chunk
-            while data or not (frame.eof or frame.needs_input):
-                if frame.eof:
-                    frame = zstd.decompressor()
-                yield taken, frame.decompress(data, CHUNK)
-                data = frame.unused_data if frame.eof else b""
-                if frame.eof and not data:
-                    break
-    except zstd.ZstdError as problem:
-        raise InputError(f"{where}: damaged zstd data: {problem}") from None
-    if not frame.eof:
-        raise InputError(f"{where}: zstd data is cut off")

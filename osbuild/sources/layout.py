@@ -11,34 +11,30 @@ from pathlib import Path
 from typing import Final
 
 from osbuild import oci
-from osbuild.arch import Arch
 from osbuild.errors import InputError
-from osbuild.sources.image import CHUNK, SourceImage, add_layer, match_layers
+from osbuild.sources.image import SourceImage, Want, add_layer, finished, match_layers
 from osbuild.tree import Spool, quote
+from osbuild.uncompress import CHUNK
 
 _REF_NAME: Final = "org.opencontainers.image.ref.name"
 _NESTING_MAX: Final = 4  # indexes inside indexes
 
 
-def open_image(reference: oci.Reference, arch: Arch) -> SourceImage:
+def open_image(reference: oci.Reference, want: Want) -> SourceImage:
     """The image of that tag and platform in a layout directory."""
     root = Path(reference.name)
     where = str(reference)
     _check_layout(root, where)
-    descriptor = _choose(root, reference.tag, arch, where)
+    descriptor = _choose(root, reference.tag, want.platform, where)
     manifest = oci.parse_manifest(_blob(root, descriptor, where), where)
     config = oci.parse_config(_blob(root, manifest.config, where), where)
     match_layers(manifest.layers, config, where)
     spool = Spool()
-    return SourceImage(
-        reference=where,
-        digest=descriptor.digest,
-        config=config,
-        layers=tuple(
-            add_layer(spool, _stream(root, layer, where), oci.LAYER_TYPES[layer.media_type], diff_id, where)
-            for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True)
-        ),
-    )
+    layers = [
+        add_layer(spool, _stream(root, layer, where), oci.LAYER_TYPES[layer.media_type], diff_id, where)
+        for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True)
+    ]
+    return finished(where, descriptor.digest, config, layers, want)
 
 
 def _check_layout(root: Path, where: str) -> None:
@@ -49,7 +45,7 @@ def _check_layout(root: Path, where: str) -> None:
         raise InputError(f"{where}: image layout version {quote(str(version)[:40])}, not 1.0.0")
 
 
-def _choose(root: Path, tag: str, arch: Arch, where: str) -> oci.Descriptor:
+def _choose(root: Path, tag: str, platform: oci.Platform, where: str) -> oci.Descriptor:
     """The one manifest that tag and platform leave; more or fewer than one is refused with what there is."""
     found = list(oci.parse_index(_file(root / "index.json", where), where))
     if tag:
@@ -62,9 +58,9 @@ def _choose(root: Path, tag: str, arch: Arch, where: str) -> oci.Descriptor:
             )
     for _ in range(_NESTING_MAX):
         if len(found) > 1:
-            wanted = [item for item in found if item.platform == ("linux", arch.oci)]
+            wanted = [item for item in found if item.platform is not None and item.platform.matches(platform)]
             if len(wanted) != 1:
-                raise InputError(f"{where}: {len(wanted)} of {len(found)} images are for linux/{arch.oci}",
+                raise InputError(f"{where}: {len(wanted)} of {len(found)} images are for {platform}",
                                  hint="name one by its tag: oci:DIR:TAG")  # fmt: skip
             found = wanted
         if not found:
