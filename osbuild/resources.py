@@ -1,4 +1,4 @@
-"""Where kernel-configs/, patches/, templates/ and agent/ are: beside the package, or inside it in a wheel."""
+"""Where kernel-configs/, patches/, templates/ and agent/ are, in a checkout and in a wheel; templates filled in."""
 
 from __future__ import annotations
 
@@ -17,3 +17,15 @@ def resource(name: str) -> Path:
         if path.exists():
             return path
     raise BuildError(f"this installation has no {name}", hint="install osbuilder again")
+
+
+def render(name: str, **values: object) -> str:
+    """A template of templates/ filled in; a value that the template names and nobody gave is an error of ours."""
+    import jinja2  # slow to import, and few commands need it
+
+    text = resource(f"templates/{name}").read_text(encoding="utf-8")
+    # Nothing here becomes HTML; and what comes from an image is a value, never a template.
+    environment = jinja2.Environment(  # noqa: S701
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.from_string(text).render(values)
