@@ -13,7 +13,7 @@ from typing import Final
 
 from osbuild import tar
 from osbuild.errors import InputError
-from osbuild.tree import Draft, Entry, Slice, Spool, Tree, quote
+from osbuild.tree import Backing, Draft, Entry, Slice, Tree, quote
 
 WHITEOUT: Final = ".wh."
 OPAQUE: Final = ".wh..wh..opq"
@@ -23,7 +23,7 @@ OPAQUE: Final = ".wh..wh..opq"
 class Layer:
     """One uncompressed layer archive in a spool, already checked against its diff_id."""
 
-    spool: Spool
+    spool: Backing
     offset: int
     size: int
     diff_id: str
@@ -68,7 +68,7 @@ def _apply(draft: Draft, layer: Layer, limits: tar.Limits | None) -> None:
             draft.link(member.name, member.link)
 
 
-def _entry(member: tar.Member, spool: Spool) -> Entry:
+def _entry(member: tar.Member, spool: Backing) -> Entry:
     if stat.S_ISREG(member.kind):
         return Entry(
             mode=member.kind | member.mode, uid=member.uid, gid=member.gid, mtime_ns=member.mtime_ns,

@@ -18,7 +18,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Final
 
 from osbuild.errors import InputError
-from osbuild.tree import ID_MAX, NAME_MAX, PATH_MAX, Spool, quote
+from osbuild.tree import ID_MAX, NAME_MAX, PATH_MAX, Backing, quote
 
 BLOCK: Final = 512
 PAX_MAX: Final = 1 << 20  # bytes of one extended header
@@ -66,7 +66,7 @@ class Member:
     xattrs: dict[str, bytes] = field(default_factory=dict)
 
 
-def read(spool: Spool, start: int, length: int, limits: Limits | None = None) -> Iterator[Member]:
+def read(spool: Backing, start: int, length: int, limits: Limits | None = None) -> Iterator[Member]:
     """The members of the archive that lies in a spool, in order. InputError at the first thing that breaks a rule."""
     limits = limits or Limits()
     at, end, count = start, start + length, 0
@@ -304,7 +304,7 @@ def _xattrs(extended: Mapping[str, bytes], here: str) -> dict[str, bytes]:
     return found
 
 
-def _check_end(spool: Spool, at: int, end: int, where: str, limits: Limits) -> None:
+def _check_end(spool: Backing, at: int, end: int, where: str, limits: Limits) -> None:
     """Two zero blocks end an archive (one will do at the very end); what follows is padding, and bounded."""
     if at + BLOCK < end and spool.read(at + BLOCK, BLOCK).strip(b"\0"):
         raise InputError(f"tar: data after a single zero block {where}")

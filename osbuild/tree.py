@@ -63,6 +63,19 @@ class Bytes:
         write_all(descriptor, self.data, offset)
 
 
+class Backing(Protocol):
+    """An open file in which contents lie."""
+
+    descriptor: int
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset`, fewer only at the end."""
+
+    def check(self) -> None:
+        """InputError when the file is not what it was when its contents were checked."""
+
+
 class Spool:
     """An unlinked temporary file that grows at its end and goes away with its last slice."""
 
@@ -92,6 +105,9 @@ class Spool:
             length -= len(data)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def check(self) -> None:
+        """Nobody else can reach an unlinked file."""
+
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:
         try:
@@ -109,9 +125,9 @@ class Spool:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Content that lies in a spool."""
+    """Content that lies in a spool, or in a file of the user's."""
 
-    spool: Spool
+    spool: Backing
     offset: int
     size: int
 
@@ -122,6 +138,7 @@ class Slice:
 
     def copy_to(self, descriptor: int, offset: int) -> None:
         copy_range(self.spool.descriptor, self.offset, self.size, descriptor, offset)
+        self.spool.check()
 
 
 EMPTY: Final[Content] = Bytes(b"")
