@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -16,11 +17,12 @@ from osbuild import console
 from osbuild.arch import Arch, find_arch, host_arch
 from osbuild.cache import default_cache
 from osbuild.errors import CommandError, HostError, Interrupted, OsbuilderError
-from osbuild.spec import KINDS, BuildSpec, GuestSpec
+from osbuild.options import Words, build_spec, guest_spec, image_of, takes
+from osbuild.output import writing
 from osbuild.tree import quote
 
 if TYPE_CHECKING:  # what is slow to import is imported by the command that needs it
-    from osbuild.artifacts import File, Rootfs
+    from osbuild.artifacts import File
     from osbuild.pipeline import Build
     from osbuild.report import Report
 
@@ -38,21 +40,17 @@ app.add_typer(kernel_app, name="kernel")
 app.add_typer(agent_app, name="agent")
 
 Image = Annotated[
-    str, typer.Argument(help="docker-daemon:NAME, docker-archive:FILE, oci:DIR[:TAG], or a daemon's NAME")
+    str,
+    typer.Argument(
+        help="docker-daemon:NAME, docker://NAME, docker-archive:FILE, oci:PATH[:TAG], dir:PATH, or a NAME: the Docker "
+        "daemon's if one answers, else a registry's"
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="the directory for all that is made")]
 OutFile = Annotated[Path, typer.Option("--out", "-o", help="the file to write")]
 ArchName = Annotated[str, typer.Option("--arch", help="x86_64 is the only one yet")]
 Json = Annotated[bool, typer.Option("--json", help="the result as JSON on standard output")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on standard error")]
-Filesystem = Annotated[str, typer.Option("--fs", help="ext4")]
-Compress = Annotated[str, typer.Option("--compress", help="zstd, gzip or none")]
-Accelerator = Annotated[str, typer.Option("--accel", help="auto, kvm or tcg")]
-Timeout = Annotated[float, typer.Option("--timeout", help="seconds that a guest has to answer")]
-Memory = Annotated[int, typer.Option("--memory", help="MiB for each guest, 64 at least; 0: as much as it needs")]
-Cpus = Annotated[int, typer.Option("--cpus", min=1, help="processors for each guest")]
-Features = Annotated[list[str] | None, typer.Option("--with", help="a kernel feature to add (xfs); may be given again")]
-Source = Annotated[Path | None, typer.Option("--source", help="a kernel tarball; Debian's linux-source when not given")]
 
 
 @app.callback(invoke_without_command=True)
@@ -63,24 +61,9 @@ def start(version: Annotated[bool, typer.Option("--version", help="print the ver
 
 
 @app.command()
+@takes("image", "output", "disk", "initramfs", "rootfs", "kernel", "guest", "registry")
 def build(
-    image: Image,
-    out: Out = Path("osbuilder-out"),
-    kinds: Annotated[
-        str, typer.Option("--make", help="what to make and boot: image, initrd, or both with a comma")
-    ] = ",".join(KINDS),
-    filesystem: Filesystem = "ext4",
-    compress: Compress = "zstd",
-    arch: ArchName = "",
-    features: Features = None,
-    source: Source = None,
-    accel: Accelerator = "auto",
-    memory: Memory = 0,
-    cpus: Cpus = 1,
-    timeout: Timeout = 60.0,
-    no_smoke: Annotated[bool, typer.Option("--no-smoke", help="do not boot what was made")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    words: Words, image: Image = "", out: Out = Path("osbuilder-out"), as_json: Json = False, quiet: Quiet = False
 ) -> None:
     """Make everything, and boot it: the main command.
 
@@ -91,13 +74,8 @@ def build(
     """
     from osbuild import pipeline
 
-    spec = BuildSpec(
-        image=image, out=out, arch=_arch(arch), kinds=tuple(word for word in kinds.split(",") if word),
-        filesystem=filesystem, compress=compress, features=tuple(features or ()), kernel_source=source,
-        smoke=not no_smoke, guest=GuestSpec(accel=accel, memory_mib=memory, cpus=cpus, seconds=timeout),
-    )  # fmt: skip
     show = console.Show(quiet=quiet)
-    result = pipeline.build(spec, default_cache(), show)
+    result = pipeline.build(build_spec(image_of(image, words), out, words), default_cache(), show)
     if as_json:
         console.print_json(_build_json(result, show))
     else:
@@ -106,50 +84,68 @@ def build(
 
 
 @app.command()
-def image(
-    image: Image,
-    out: OutFile = Path("guest.img"),
-    filesystem: Filesystem = "ext4",
-    arch: ArchName = "",
+@takes("image", "rootfs", "registry")
+def rootfs(
+    words: Words,
+    image: Image = "",
+    raw: Annotated[bool, typer.Option("--raw", help="the image itself: flattened, before policy and agent")] = False,
+    tar: Annotated[Path | None, typer.Option("--tar", help="write the tree as a tar; - for standard output")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
+) -> None:
+    """What the guest's tree will be: a list, JSON, or a tar.
+
+    JSON: {"digest": …, "config": …, "entries": {path: …}}.
+    """
+    from osbuild import listing, pipeline
+    from osbuild.tar_writer import archive
+
+    show = console.Show(quiet=quiet)
+    spec = build_spec(image_of(image, words), Path(), words, smoke=False)
+    source = pipeline.open_source(spec, default_cache(), show)
+    tree = source.tree if raw else pipeline.make_rootfs(spec, source, default_cache(), show).tree
+    if tar is not None:
+        _write_tar(tar, archive(tree))
+    if as_json:
+        entries = listing.entries(tree)
+        console.print_json({"digest": source.digest, "config": source.config.document, "entries": entries})
+    elif tar is None:
+        console.print_lines(listing.lines(tree))
+
+
+@app.command()
+@takes("image", "disk", "rootfs", "registry")
+def image(
+    words: Words, image: Image = "", out: OutFile = Path("guest.img"), as_json: Json = False, quiet: Quiet = False
 ) -> None:
     """Only the DAX image, with the agent in it."""
     from osbuild import pipeline
 
-    spec = BuildSpec(
-        image=image, out=out.parent, arch=_arch(arch), kinds=("image",), filesystem=filesystem, smoke=False
-    )
+    spec = build_spec(image_of(image, words), out.parent, words, kinds=("image",), smoke=False)
     show = console.Show(quiet=quiet)
-    disk = pipeline.make_image(spec, _rootfs(spec, show), out, show)
+    disk = pipeline.make_image(spec, pipeline.open_rootfs(spec, default_cache(), show), out, show)
     _print_file(disk.file, {"filesystem": disk.filesystem, "dax": disk.dax, "words": list(disk.words)}, as_json=as_json)
 
 
 @app.command()
+@takes("image", "initramfs", "rootfs", "registry")
 def initrd(
-    image: Image,
-    out: OutFile = Path("guest.initrd"),
-    compress: Compress = "zstd",
-    arch: ArchName = "",
-    as_json: Json = False,
-    quiet: Quiet = False,
+    words: Words, image: Image = "", out: OutFile = Path("guest.initrd"), as_json: Json = False, quiet: Quiet = False
 ) -> None:
     """Only the initramfs, with the agent in it."""
     from osbuild import pipeline
 
-    spec = BuildSpec(image=image, out=out.parent, arch=_arch(arch), kinds=("initrd",), compress=compress, smoke=False)
+    spec = build_spec(image_of(image, words), out.parent, words, kinds=("initrd",), smoke=False)
     show = console.Show(quiet=quiet)
-    made = pipeline.make_initrd(spec, _rootfs(spec, show), out, show)
+    made = pipeline.make_initrd(spec, pipeline.open_rootfs(spec, default_cache(), show), out, show)
     _print_file(made.file, {"compression": made.compression, "unpacked": made.unpacked}, as_json=as_json)
 
 
 @app.command()
+@takes("guest")
 def smoke(
+    words: Words,
     out: Annotated[Path, typer.Argument(help="the directory of a build")],
-    accel: Accelerator = "auto",
-    memory: Memory = 0,
-    cpus: Cpus = 1,
-    timeout: Timeout = 60.0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -159,8 +155,7 @@ def smoke(
     """
     from osbuild import pipeline
 
-    wishes = GuestSpec(accel=accel, memory_mib=memory, cpus=cpus, seconds=timeout)
-    report = pipeline.boot_again(out, wishes, console.Show(quiet=quiet))
+    report = pipeline.boot_again(out, guest_spec(words), console.Show(quiet=quiet))
     if as_json:
         console.print_json(_report_json(report))
     else:
@@ -169,20 +164,18 @@ def smoke(
 
 
 @kernel_app.command("build")
+@takes("kernel")
 def kernel_build(
+    words: Words,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="a directory to copy the kernel to")] = None,
     arch: ArchName = "",
-    features: Features = None,
-    source: Source = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Build the guest kernel, or find it built."""
     from osbuild import pipeline
 
-    spec = BuildSpec(
-        image="", out=out or Path(), arch=_arch(arch), features=tuple(features or ()), kernel_source=source, smoke=False
-    )
+    spec = build_spec("", out or Path(), {"arch": arch, **words} if arch else words, smoke=False)
     show = console.Show(quiet=quiet)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -199,11 +192,13 @@ def kernel_build(
 
 
 @kernel_app.command("config")
-def kernel_config(arch: ArchName = "", features: Features = None, source: Source = None) -> None:
+@takes("kernel")
+def kernel_config(words: Words, arch: ArchName = "") -> None:
     """Print the .config that the fragments come to; fails when an option asked for is not in it."""
     from osbuild.kernel import configure, default_spec
 
-    sys.stdout.write(configure(default_spec(_arch(arch), features=features or (), source=source), default_cache()))
+    wanted = default_spec(_arch(arch), features=words.get("with", ()), source=words.get("source"))
+    sys.stdout.write(configure(wanted, default_cache()))
 
 
 @agent_app.command("build")
@@ -300,14 +295,12 @@ def _arch(name: str) -> Arch:
     return find_arch(name) if name else host_arch()
 
 
-def _rootfs(spec: BuildSpec, show: console.Show) -> Rootfs:
-    from osbuild import pipeline
-    from osbuild.sources import open_image
-
-    cache = default_cache()
-    with show.step(f"opening {spec.image}", name="open") as step:
-        image = open_image(spec.image, pipeline.wanted(spec, cache, step))
-    return pipeline.make_rootfs(spec, image, cache, show)
+def _write_tar(out: Path, pieces: Iterable[bytes]) -> None:
+    if str(out) == "-":
+        console.print_bytes(pieces)
+        return
+    with writing(out) as descriptor, os.fdopen(descriptor, "wb", closefd=False) as file:
+        file.writelines(pieces)
 
 
 def _file_json(file: File) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from osbuild.errors import Interrupted, OsbuilderError
+from osbuild.errors import Interrupted, OsbuilderError, SpecError
 
 _SAY_SECONDS: Final = 30.0  # between signs of life where there is no terminal
 _WIDTH_OF_PIPES: Final = 160  # columns, where no terminal says how many it has
@@ -125,6 +125,22 @@ def print_json(value: object) -> None:
     """A result for machines, on standard output."""
     with _result():
         sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """A result that is a list, on standard output."""
+    with _result():
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+
+
+def print_bytes(pieces: Iterable[bytes]) -> None:
+    """A result that is no text, on standard output; refused on a terminal."""
+    if sys.stdout.isatty():
+        raise SpecError("this would fill the terminal with bytes", hint="send it to a file or a program")
+    with _result():
+        for piece in pieces:
+            sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
 
 
 def print_table(

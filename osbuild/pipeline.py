@@ -14,7 +14,7 @@ from osbuild.agent import build_agent, install_agent
 from osbuild.arch import MIB
 from osbuild.artifacts import DiskImage, Initrd, Kernel, Rootfs
 from osbuild.cache import Cache
-from osbuild.console import Show, Step, size_text
+from osbuild.console import Show, size_text
 from osbuild.filesystem import FILESYSTEMS
 from osbuild.initrd import build_initrd
 from osbuild.kernel import build_kernel, default_spec
@@ -47,9 +47,7 @@ def build(spec: BuildSpec, cache: Cache, show: Show) -> Build:
     What an earlier build left in the directory goes when everything that goes into this one is there, not before.
     """
     with workspace(spec.out) as out:
-        with show.step(f"opening {spec.image}", name="open") as step:
-            image = open_image(spec.image, wanted(spec, cache, step))
-            step.note = f"{len(image.tree)} entries in {len(image.config.diff_ids)} layers"
+        image = open_source(spec, cache, show)
         rootfs = make_rootfs(spec, image, cache, show)
         kernel = make_kernel(spec, cache, show)
         sweep(out)
@@ -65,10 +63,21 @@ def build(spec: BuildSpec, cache: Cache, show: Show) -> Build:
         return Build(out=spec.out, manifest=document, report=report)
 
 
-def wanted(spec: BuildSpec, cache: Cache, step: Step) -> Want:
-    """What is asked of the image's source."""
+def open_source(spec: BuildSpec, cache: Cache, show: Show) -> SourceImage:
+    """The image, checked and flattened."""
     platform = spec.platform or Platform(os="linux", architecture=spec.arch.oci)
-    return Want(platform=platform, cache=cache, limits=spec.limits, registry=spec.registry, progress=step.advance)
+    with show.step(f"opening {spec.image}", name="open") as step:
+        want = Want(
+            platform=platform, cache=cache, limits=spec.limits, registry=spec.registry, progress=step.advance
+        )  # fmt: skip
+        image = open_image(spec.image, want)
+        step.note = f"{len(image.tree)} entries in {len(image.config.diff_ids)} layers"
+    return image
+
+
+def open_rootfs(spec: BuildSpec, cache: Cache, show: Show) -> Rootfs:
+    """The guest's tree, from the image's name."""
+    return make_rootfs(spec, open_source(spec, cache, show), cache, show)
 
 
 def boot_again(out: Path, wishes: GuestSpec, show: Show) -> Report:

@@ -105,6 +105,12 @@ class Spool:
             length -= len(data)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def take(self, source: int, size: int) -> None:
+        """Add the first bytes of another open file; InputError when it has fewer."""
+        with self._room():
+            copy_range(source, 0, size, self.descriptor, self.size)
+        self.size += size
+
     def check(self) -> None:
         """Nobody else can reach an unlinked file."""
 

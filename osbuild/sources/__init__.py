@@ -7,7 +7,7 @@ from typing import Final, Protocol
 
 from osbuild import oci
 from osbuild.errors import InputError
-from osbuild.sources import archive, daemon, layout
+from osbuild.sources import archive, daemon, directory, layout
 from osbuild.sources.image import SourceImage, Want
 from osbuild.tree import quote
 
@@ -23,6 +23,7 @@ SOURCES: Final[Mapping[str, Source]] = {
     "docker-daemon": daemon,
     "docker-archive": archive,
     "oci": layout,
+    "dir": directory,
 }
 
 

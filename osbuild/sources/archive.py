@@ -2,51 +2,53 @@
 
 Source: Docker image specification v1.2 ("Combined Image JSON + Filesystem Changeset Format"): manifest.json names the
 config and the layers, by path inside the archive; a path may be a symbolic link to another layer.
+
+A plain archive is read where it lies. What it came to is kept, and used again for as long as the file is the same one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import posixpath
-import stat
+import json
+import time
 from pathlib import Path
 from typing import Final
 
-from osbuild import oci, tar
+from osbuild import oci, tree_index
+from osbuild.borrowed import Borrowed
 from osbuild.errors import InputError
 from osbuild.layers import Layer
+from osbuild.output import write_whole
 from osbuild.sources.image import SourceImage, Want, add_layer, checked_layer, finished, match_layers
-from osbuild.tree import Slice, Spool, quote
-from osbuild.uncompress import CHUNK, sniff, uncompressed
+from osbuild.sources.members import Members, open_archive
+from osbuild.tree import Backing, Slice, Spool, quote
+from osbuild.uncompress import sniff
 
 _HINT: Final = "docker save -o FILE IMAGE makes an archive; it may be compressed with gzip or zstd"
+_KEPT: Final = 1  # changes whenever the same archive may come to another tree
+_SETTLED_SECONDS: Final = 2.0  # a file written later than this ago may change again within one tick of its clock
 
 
 def open_image(reference: oci.Reference, want: Want) -> SourceImage:
-    """The only image of an archive file, which may itself be compressed."""
-    path = Path(reference.name)
-    spool = Spool()
+    """The only image of an archive file (`-`: of standard input), which may itself be compressed."""
     try:
-        kind = path.stat().st_mode
-        if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
-            raise InputError(f"{quote(str(path))} is not a file", hint=_HINT)
-        with path.open("rb") as file:
-            head = file.read(4)
-            file.seek(0)
-            for data in uncompressed(iter(lambda: file.read(CHUNK), b""), sniff(head), quote(str(path))):
-                spool.append(data)
-    except OSError as problem:
-        raise InputError(f"cannot read {quote(str(path))}: {problem.strerror or problem}") from None
-    try:
-        return read_archive(spool, str(reference), want)
+        backing = open_archive(reference.name, want.limits)
+        where = str(reference)
+        if isinstance(backing, Borrowed):
+            return _kept(backing, where, want)
+        return read_archive(backing, where, want)
     except InputError as problem:
         problem.hint = problem.hint or _HINT
         raise
 
 
-def read_archive(spool: Spool, where: str, want: Want) -> SourceImage:
-    """The only image of an archive that lies in a spool; its layers stay where they are unless compressed."""
-    archive = _Archive(spool, where)
+def read_archive(backing: Backing, where: str, want: Want) -> SourceImage:
+    """The only image of an open archive; its layers stay where they are unless compressed."""
+    return _read(backing, where, want)[0]
+
+
+def _read(backing: Backing, where: str, want: Want) -> tuple[SourceImage, bytes]:
+    archive = Members(backing, where, want.limits)
     document = _image_record(archive.document("manifest.json"), where)
     config_bytes = archive.document(_name(document.get("Config"), where))
     config = oci.parse_config(config_bytes, where)
@@ -54,48 +56,46 @@ def read_archive(spool: Spool, where: str, want: Want) -> SourceImage:
     if not isinstance(names, list) or not names:
         raise InputError(f"{where}: an image without layers")
     match_layers(names, config, where)
+    spool = Spool()
     layers = [
-        _layer(archive.content(_name(name, where)), diff_id, where)
+        _layer(archive.content(_name(name, where)), spool, diff_id, where)
         for name, diff_id in zip(names, config.diff_ids, strict=True)
     ]
-    return finished(where, f"sha256:{hashlib.sha256(config_bytes).hexdigest()}", config, layers, want)
+    return finished(where, _digest(config_bytes), config, layers, want), config_bytes
 
 
-class _Archive:
-    """The files of an archive, by name."""
+def _kept(archive: Borrowed, where: str, want: Want) -> SourceImage:
+    """The image as it was read last time if the file is the same one; else read now, and kept if that is safe."""
+    about = json.dumps([_KEPT, archive.mark, repr(want.limits)])
+    key = hashlib.sha256(about.encode()).hexdigest()
+    found = want.cache.have("tree", key)
+    if found is not None:
+        config_bytes = (found / "config.json").read_bytes()
+        tree = tree_index.load((found / "tree.json").read_bytes(), archive)
+        config = oci.parse_config(config_bytes, where)
+        return SourceImage(reference=where, digest=_digest(config_bytes), config=config, tree=tree)
+    image, config_bytes = _read(archive, where, want)
+    archive.check()
+    index = tree_index.dump(image.tree, archive)
+    *_, changed = archive.mark
+    if index is not None and time.time() - changed / 1e9 > _SETTLED_SECONDS:
 
-    def __init__(self, spool: Spool, where: str) -> None:
-        self._spool = spool
-        self._where = where
-        self._members: dict[str, tar.Member] = {}
-        for member in tar.read(spool, 0, spool.size):
-            if member.name in self._members and not stat.S_ISDIR(member.kind):
-                raise InputError(f"{where}: {quote(member.name)} stands twice in the archive")
-            self._members[member.name] = member
+        def make(out: Path) -> None:
+            write_whole(out / "config.json", config_bytes)
+            write_whole(out / "tree.json", index)
 
-    def content(self, name: str) -> Slice:
-        path = posixpath.normpath("/" + name)
-        for _ in range(2):  # one link is what docker writes for a layer that stands twice
-            member = self._members.get(path)
-            if member is None:
-                raise InputError(f"{self._where}: {quote(name)} is not in the archive")
-            if stat.S_ISREG(member.kind):
-                return Slice(self._spool, member.offset, member.size)
-            if stat.S_ISLNK(member.kind):
-                path = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.link))
-        raise InputError(f"{self._where}: {quote(name)} is not a regular file in the archive")
-
-    def document(self, name: str) -> bytes:
-        content = self.content(name)
-        if content.size > oci.JSON_MAX:
-            raise InputError(f"{self._where}: {quote(name)} has {content.size} bytes, more than {oci.JSON_MAX}")
-        return b"".join(content.chunks())
+        want.cache.get("tree", key, make)
+    return image
 
 
-def _layer(content: Slice, diff_id: str, where: str) -> Layer:
+def _digest(config: bytes) -> str:
+    return f"sha256:{hashlib.sha256(config).hexdigest()}"
+
+
+def _layer(content: Slice, spool: Spool, diff_id: str, where: str) -> Layer:
     compression = sniff(content.spool.read(content.offset, min(4, content.size)))
     if compression != "none":
-        return add_layer(content.spool, content.chunks(), compression, diff_id, where)
+        return add_layer(spool, content.chunks(), compression, diff_id, where)
     digest = hashlib.sha256()
     for data in content.chunks():
         digest.update(data)

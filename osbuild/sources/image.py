@@ -13,7 +13,7 @@ from osbuild.errors import InputError
 from osbuild.layers import Layer, flatten
 from osbuild.spec import RegistrySpec
 from osbuild.tar import Limits
-from osbuild.tree import Spool, Tree
+from osbuild.tree import Backing, Spool, Tree
 from osbuild.uncompress import uncompressed
 
 LAYER_MAX: Final = 64 << 30  # bytes of one uncompressed layer
@@ -57,7 +57,7 @@ def add_layer(spool: Spool, chunks: Iterable[bytes], compression: str, diff_id: 
     return checked_layer(spool, start, spool.size - start, digest.hexdigest(), diff_id, where)
 
 
-def checked_layer(spool: Spool, offset: int, size: int, sha256: str, diff_id: str, where: str) -> Layer:
+def checked_layer(spool: Backing, offset: int, size: int, sha256: str, diff_id: str, where: str) -> Layer:
     """A layer that lies in the spool already, when its digest is what the config says."""
     if f"sha256:{sha256}" != diff_id:
         raise InputError(f"{where}: a layer's content is sha256:{sha256}, but the config says {diff_id}")

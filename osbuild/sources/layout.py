@@ -1,4 +1,7 @@
-"""`oci:DIR[:TAG]`: an OCI image layout on disk (image-spec image-layout.md); no blob is believed unchecked."""
+"""`oci:PATH[:TAG]`: an OCI image layout (image-spec image-layout.md), as a directory or packed by tar.
+
+No blob is believed unchecked: size and sha256 are those of its descriptor, or the image is refused.
+"""
 
 from __future__ import annotations
 
@@ -8,112 +11,171 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from osbuild import oci
 from osbuild.errors import InputError
 from osbuild.sources.image import SourceImage, Want, add_layer, finished, match_layers
+from osbuild.sources.members import Members, open_archive
 from osbuild.tree import Spool, quote
 from osbuild.uncompress import CHUNK
 
 _REF_NAME: Final = "org.opencontainers.image.ref.name"
+_FULL_NAME: Final = "io.containerd.image.name"  # what `docker save` and `ctr image export` put beside it
 _NESTING_MAX: Final = 4  # indexes inside indexes
 
 
+class _Files(Protocol):
+    """Where a layout's files are."""
+
+    def document(self, name: str) -> bytes:
+        """A small file."""
+
+    def open(self, name: str) -> contextlib.AbstractContextManager[tuple[int, Iterator[bytes]]]:
+        """A file's size, and its bytes."""
+
+
 def open_image(reference: oci.Reference, want: Want) -> SourceImage:
-    """The image of that tag and platform in a layout directory."""
-    root = Path(reference.name)
+    """The image of that tag and platform in a layout."""
     where = str(reference)
-    _check_layout(root, where)
-    descriptor = _choose(root, reference.tag, want.platform, where)
-    manifest = oci.parse_manifest(_blob(root, descriptor, where), where)
-    config = oci.parse_config(_blob(root, manifest.config, where), where)
+    files = _open(reference.name, where, want)
+    _check_layout(files, where)
+    descriptor = _choose(files, reference.tag, want.platform, where)
+    manifest = oci.parse_manifest(_document(files, descriptor, where), where)
+    config = oci.parse_config(_document(files, manifest.config, where), where)
     match_layers(manifest.layers, config, where)
     spool = Spool()
     layers = [
-        add_layer(spool, _stream(root, layer, where), oci.LAYER_TYPES[layer.media_type], diff_id, where)
+        add_layer(spool, _stream(files, layer, where), oci.LAYER_TYPES[layer.media_type], diff_id, where)
         for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True)
     ]
     return finished(where, descriptor.digest, config, layers, want)
 
 
-def _check_layout(root: Path, where: str) -> None:
-    if not root.is_dir():
-        raise InputError(f"{quote(str(root))} is no directory", hint="oci:DIR[:TAG] names an OCI image layout")
-    version = oci.parse_json(_file(root / "oci-layout", where), where).get("imageLayoutVersion")
+def _open(name: str, where: str, want: Want) -> _Files:
+    path = Path(name)
+    if path.is_dir():
+        return _Directory(path, where)
+    if name == "-" or path.exists():
+        return _Packed(Members(open_archive(name, want.limits), where, want.limits))
+    raise InputError(f"{quote(name)} does not exist", hint="oci:PATH[:TAG] names an OCI image layout")
+
+
+def _check_layout(files: _Files, where: str) -> None:
+    version = oci.parse_json(files.document("oci-layout"), where).get("imageLayoutVersion")
     if version != "1.0.0":
         raise InputError(f"{where}: image layout version {quote(str(version)[:40])}, not 1.0.0")
 
 
-def _choose(root: Path, tag: str, platform: oci.Platform, where: str) -> oci.Descriptor:
+def _choose(files: _Files, tag: str, platform: oci.Platform, where: str) -> oci.Descriptor:
     """The one manifest that tag and platform leave; more or fewer than one is refused with what there is."""
-    found = list(oci.parse_index(_file(root / "index.json", where), where))
+    found = list(oci.parse_index(files.document("index.json"), where))
     if tag:
-        names = sorted({item.annotations.get(_REF_NAME, "") for item in found} - {""})
-        found = [item for item in found if item.annotations.get(_REF_NAME) == tag]
+        names = sorted({name for item in found for name in _names(item)})
+        found = [item for item in found if tag in _names(item)]
         if not found:
             raise InputError(
                 f"{where}: no image has the tag {quote(tag)}",
                 hint=f"there are: {', '.join(map(quote, names)) or 'none'}",
             )
     for _ in range(_NESTING_MAX):
-        if len(found) > 1:
-            wanted = [item for item in found if item.platform is not None and item.platform.matches(platform)]
-            if len(wanted) != 1:
-                raise InputError(f"{where}: {len(wanted)} of {len(found)} images are for {platform}",
-                                 hint="name one by its tag: oci:DIR:TAG")  # fmt: skip
-            found = wanted
-        if not found:
-            raise InputError(f"{where}: the layout holds no image")
-        if found[0].media_type in oci.MANIFEST_TYPES:
-            return found[0]
-        if found[0].media_type not in oci.INDEX_TYPES:
-            raise InputError(f"{where}: {quote(found[0].media_type)} is no image")
-        found = list(oci.parse_index(_blob(root, found[0], where), where))
+        descriptor = _one(found, platform, where)
+        if descriptor.media_type in oci.MANIFEST_TYPES:
+            return descriptor
+        if descriptor.media_type not in oci.INDEX_TYPES:
+            raise InputError(f"{where}: {quote(descriptor.media_type)} is no image")
+        found = list(oci.parse_index(_document(files, descriptor, where), where))
     raise InputError(f"{where}: indexes nested more than {_NESTING_MAX} deep")
 
 
-def _blob(root: Path, descriptor: oci.Descriptor, where: str) -> bytes:
+def _one(found: list[oci.Descriptor], platform: oci.Platform, where: str) -> oci.Descriptor:
+    if not found:
+        raise InputError(f"{where}: the layout holds no image")
+    if len(found) == 1:
+        return found[0]
+    wanted = [item for item in found if item.platform is not None and item.platform.matches(platform)]
+    if len(wanted) != 1:
+        there = ", ".join(sorted({str(item.platform) for item in found if item.platform is not None}))
+        raise InputError(
+            f"{where}: {len(wanted)} of {len(found)} images are for {platform}",
+            hint="name one by its tag, oci:PATH:TAG, or by --platform" + (f"; there are: {there}" if there else ""),
+        )
+    return wanted[0]
+
+
+def _names(item: oci.Descriptor) -> list[str]:
+    return [item.annotations[key] for key in (_REF_NAME, _FULL_NAME) if item.annotations.get(key)]
+
+
+def _document(files: _Files, descriptor: oci.Descriptor, where: str) -> bytes:
     if descriptor.size > oci.JSON_MAX:
         raise InputError(f"{where}: {descriptor.digest} has {descriptor.size} bytes, more than {oci.JSON_MAX}")
-    return b"".join(_stream(root, descriptor, where))
+    return b"".join(_stream(files, descriptor, where))
 
 
-def _stream(root: Path, descriptor: oci.Descriptor, where: str) -> Iterator[bytes]:
+def _stream(files: _Files, descriptor: oci.Descriptor, where: str) -> Iterator[bytes]:
     """A blob's bytes; InputError at their end when they are not what the descriptor says."""
-    path = root / "blobs" / "sha256" / descriptor.digest.removeprefix("sha256:")
     digest = hashlib.sha256()
-    left = descriptor.size
-    with _opened(path, where) as number:
-        size = os.fstat(number).st_size
+    with files.open(f"blobs/sha256/{descriptor.digest.removeprefix('sha256:')}") as (size, chunks):
         if size != descriptor.size:
             raise InputError(f"{where}: {descriptor.digest} has {size} bytes, its descriptor says {descriptor.size}")
+        for data in chunks:
+            digest.update(data)
+            yield data
+    if f"sha256:{digest.hexdigest()}" != descriptor.digest:
+        raise InputError(f"{where}: {descriptor.digest} has the content of sha256:{digest.hexdigest()}")
+
+
+class _Directory:
+    """A layout that is a directory."""
+
+    def __init__(self, root: Path, where: str) -> None:
+        self._root = root
+        self._where = where
+
+    def document(self, name: str) -> bytes:
+        with self._opened(name) as number:
+            return os.read(number, oci.JSON_MAX + 1)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[tuple[int, Iterator[bytes]]]:
+        with self._opened(name) as number:
+            size = os.fstat(number).st_size
+            yield size, self._chunks(number, size, name)
+
+    def _chunks(self, number: int, left: int, name: str) -> Iterator[bytes]:
         while left > 0:
             data = os.read(number, min(CHUNK, left))
             if not data:
-                raise InputError(f"{where}: {descriptor.digest} was cut short while it was read")
+                raise InputError(f"{self._where}: {quote(name)} was cut short while it was read")
             left -= len(data)
-            digest.update(data)
             yield data
-        if f"sha256:{digest.hexdigest()}" != descriptor.digest:
-            raise InputError(f"{where}: {descriptor.digest} has the content of sha256:{digest.hexdigest()}")
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        """The descriptor of a regular file, opened without following a symbolic link at its end."""
+        try:
+            number = os.open(self._root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as problem:
+            raise InputError(f"{self._where}: cannot read {quote(name)}: {problem.strerror}") from None
+        try:
+            if not stat.S_ISREG(os.fstat(number).st_mode):
+                raise InputError(f"{self._where}: {quote(name)} is not a regular file")
+            yield number
+        finally:
+            os.close(number)
 
 
-def _file(path: Path, where: str) -> bytes:
-    with _opened(path, where) as number:
-        return os.read(number, oci.JSON_MAX + 1)
+class _Packed:
+    """A layout that is in an archive."""
 
+    def __init__(self, members: Members) -> None:
+        self._members = members
 
-@contextlib.contextmanager
-def _opened(path: Path, where: str) -> Iterator[int]:
-    """The descriptor of a regular file, opened without following a symbolic link at its end."""
-    try:
-        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as problem:
-        raise InputError(f"{where}: cannot read {quote(path.name)}: {problem.strerror}") from None
-    try:
-        if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise InputError(f"{where}: {quote(path.name)} is not a regular file")
-        yield number
-    finally:
-        os.close(number)
+    def document(self, name: str) -> bytes:
+        return self._members.document(name)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[tuple[int, Iterator[bytes]]]:
+        content = self._members.content(name)
+        yield content.size, content.chunks()

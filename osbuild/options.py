@@ -1,0 +1,251 @@
+"""The words of the command line and of osbuild.toml: one table for both, and the specs they come to.
+
+    fs = "ext4"                  what --fs says
+    [rootfs]
+    add = ["motd:/etc/motd"]     what --add says, as often as it may be given; paths are relative to the file
+
+A word on the command line wins over the same word in the file; of words that may be given again, both count.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from osbuild.arch import Arch, find_arch, host_arch
+from osbuild.errors import SpecError
+from osbuild.oci import Platform, parse_platform
+from osbuild.spec import KINDS, Addition, BuildSpec, GuestSpec, RegistrySpec, RootfsSpec
+from osbuild.tar import Limits
+from osbuild.tree import quote
+
+# A word's value; Any because the table says per word what it is, and both readers check it.
+Words = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One word: on the command line `--name`, in the file a key of its table."""
+
+    name: str
+    kind: type  # str, int, float, bool, Path or list (of str)
+    group: str  # commands take words by the group
+    help: str
+
+    @property
+    def table(self) -> str:
+        """Its table in the file; empty for the top."""
+        return "" if self.group in _TOP else self.group
+
+
+_TOP: Final = frozenset(("image", "output", "disk", "initramfs"))
+
+OPTIONS: Final = (
+    Option("platform", str, "image", "which image of several: OS/ARCHITECTURE[/VARIANT]; by default the guest's own"),
+    Option("arch", str, "image", "x86_64 is the only one yet"),
+    Option("make", str, "output", "what to make and boot: image, initrd, or both with a comma (the default)"),
+    Option("no-smoke", bool, "output", "do not boot what was made"),
+    Option("fs", str, "disk", "ext4"),
+    Option("compress", str, "initramfs", "zstd (the default), gzip or none"),
+    Option("init", str, "rootfs", "agent: it is the first process (the default); systemd: it is a service"),
+    Option("slim", bool, "rootfs", "leave out the systemd units that a guest has no use for"),
+    Option("modules", Path, "rootfs", "a directory of kernel modules, …/lib/modules/RELEASE"),
+    Option("hooks", Path, "rootfs", "a directory of OCI hooks: prestart/, poststart/, poststop/"),
+    Option("policy", Path, "rootfs", "the agent's policy, a .rego file"),
+    Option("add", list, "rootfs", "SOURCE:TARGET, a file or directory to add; may be given again"),
+    Option("remove", list, "rootfs", "a path to leave out, * and ? match in one component; may be given again"),
+    Option("with", list, "kernel", "a kernel feature to add (xfs); may be given again"),
+    Option("source", Path, "kernel", "a kernel tarball; Debian's linux-source when not given"),
+    Option("accel", str, "guest", "auto (the default), kvm or tcg"),
+    Option("memory", int, "guest", "MiB for each guest, 64 at least; as much as it needs when not given"),
+    Option("cpus", int, "guest", "processors for each guest, 1 when not given"),
+    Option("timeout", float, "guest", "seconds that a guest has to answer, 60 when not given"),
+    Option("mirror", list, "registry", "HOST=MIRROR, a registry to try before HOST; may be given again"),
+    Option("insecure-registry", list, "registry", "HOST[:PORT] that may speak plain HTTP; may be given again"),
+    Option("authfile", Path, "registry", "credentials, instead of ~/.docker/config.json"),
+    Option("offline", bool, "registry", "ask no registry: what the cache has, or an error"),
+    Option("limit", list, "image", "NAME=NUMBER, how much an image may hold; --limit help lists them"),
+)
+_TABLES: Final = frozenset(option.table for option in OPTIONS) - {""}
+_TYPES: Final = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
+_METAVARS: Final = {str: "WORD", int: "N", float: "SECONDS", Path: "PATH", list: "TEXT"}
+_CONFIG: Final = "osbuild.toml"
+
+
+def takes(*groups: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The command also takes every option of these groups, and `-f FILE`; it gets them as `words`."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        rows = {_identifier(row): row for row in OPTIONS if row.group in groups}
+
+        @functools.wraps(function)
+        def command(*, config: Path | None, **values: Any) -> None:
+            given = {row.name: values.pop(name) for name, row in rows.items()}
+            given = {name: value for name, value in given.items() if value not in (None, [], False)}
+            function(words=merged(read_config(config) if config else {}, given), **values)
+
+        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "words"]
+        about = f"{_CONFIG}: the same words in a file; its tables are {', '.join(sorted(_TABLES))}"
+        file = Annotated[Path | None, typer.Option("--config", "-f", help=about)]
+        added = [_parameter("config", file, None), *(_parameter(name, _type(row), None) for name, row in rows.items())]
+        keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        command.__signature__ = inspect.Signature([*keyword, *added])  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in [*keyword, *added]}
+        return command
+
+    return decorate
+
+
+def read_config(path: Path) -> Words:
+    """The words of an osbuild.toml, every one checked; SpecError names the file, the table and the word."""
+    where = quote(str(path))
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise SpecError(f"cannot read {where}: {problem.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise SpecError(f"{where} is not TOML: {problem}") from None
+    found: dict[str, Any] = {}
+    for key, value in document.items():
+        if key == "image" and isinstance(value, str):
+            found[key] = value
+        elif key in _TABLES and isinstance(value, dict):
+            for name, inner in value.items():
+                found[name] = _checked(name, inner, key, path)
+        else:
+            found[key] = _checked(key, value, "", path)
+    return found
+
+
+def merged(file: Words, given: Words) -> Words:
+    """What the file says, and over it what the command line says."""
+    both = dict(file)
+    for name, value in given.items():
+        both[name] = [*both.get(name, []), *value] if isinstance(value, list) else value
+    return both
+
+
+def image_of(argument: str, words: Words) -> str:
+    """Which image: the argument, or the file's."""
+    image = argument or str(words.get("image", ""))
+    if not image:
+        raise SpecError("no image is named", hint='osbuilder build IMAGE, or image = "…" in osbuild.toml')
+    return image
+
+
+def build_spec(image: str, out: Path, words: Words, **more: Any) -> BuildSpec:
+    """A build, as the words want it; `more` are fields that the command itself decides."""
+    platform = parse_platform(words["platform"]) if "platform" in words else None
+    wanted: dict[str, Any] = {
+        "kinds": tuple(word for word in words.get("make", ",".join(KINDS)).split(",") if word),
+        "filesystem": words.get("fs", "ext4"), "compress": words.get("compress", "zstd"),
+        "features": tuple(words.get("with", ())), "kernel_source": words.get("source"),
+        "smoke": not words.get("no-smoke", False),
+    }  # fmt: skip
+    return BuildSpec(
+        image=image, out=out, arch=arch_of(words, platform), platform=platform, limits=limits(words),
+        registry=registry_spec(words), rootfs=rootfs_spec(words), guest=guest_spec(words), **wanted | more,
+    )  # fmt: skip
+
+
+def arch_of(words: Words, platform: Platform | None = None) -> Arch:
+    """The guest's architecture: what was asked for, or the platform's, or this machine's."""
+    if "arch" in words:
+        arch = find_arch(words["arch"])
+        if platform is not None and platform.architecture != arch.oci:
+            raise SpecError(f"a {arch.name} guest cannot be made of an image for {platform}", hint="give one of them")
+        return arch
+    return find_arch(platform.architecture) if platform is not None else host_arch()
+
+
+def guest_spec(words: Words) -> GuestSpec:
+    """How to boot what was made."""
+    return GuestSpec(
+        memory_mib=words.get("memory", 0), cpus=words.get("cpus", 1), accel=words.get("accel", "auto"),
+        seconds=words.get("timeout", 60.0),
+    )  # fmt: skip
+
+
+def rootfs_spec(words: Words) -> RootfsSpec:
+    """What the guest's tree is to be."""
+    return RootfsSpec(
+        init=words.get("init", "agent"), slim=words.get("slim", False), modules=words.get("modules"),
+        hooks=words.get("hooks"), policy=words.get("policy"), add=tuple(map(_addition, words.get("add", ()))),
+        remove=tuple(words.get("remove", ())),
+    )  # fmt: skip
+
+
+def registry_spec(words: Words) -> RegistrySpec:
+    """How registries are to be reached."""
+    mirrors: dict[str, tuple[str, ...]] = {}
+    for text in words.get("mirror", ()):
+        host, _, mirror = text.partition("=")
+        if not host or not mirror:
+            raise SpecError(f"no mirror {quote(text)}", hint="--mirror docker.io=mirror.example")
+        mirrors[host] = (*mirrors.get(host, ()), mirror)
+    return RegistrySpec(
+        mirrors=mirrors, insecure=frozenset(words.get("insecure-registry", ())), auth_file=words.get("authfile"),
+        offline=words.get("offline", False),
+    )  # fmt: skip
+
+
+def limits(words: Words) -> Limits:
+    """How much an image may hold."""
+    known = {field.name.replace("_", "-"): field for field in fields(Limits)}
+    found = {}
+    for text in words.get("limit", ()):
+        name, _, number = text.partition("=")
+        if name not in known or not re.fullmatch(r"[1-9][0-9]{0,18}", number):
+            there = ", ".join(f"{name}={field.default}" for name, field in known.items())
+            raise SpecError(f"no limit {quote(text)}", hint=f"NAME=NUMBER; as they are: {there}")
+        found[known[name].name] = int(number)
+    return Limits(**found)
+
+
+def _addition(text: str) -> Addition:
+    source, _, target = text.rpartition(":")
+    if not source or not target.startswith("/"):
+        raise SpecError(f"nothing to add in {quote(text)}", hint="SOURCE:TARGET, the target an absolute path")
+    return Addition(source=Path(source), target=target)
+
+
+def _checked(name: str, value: Any, table: str, path: Path) -> Any:
+    """One value of the file as the command line would have given it; paths are relative to the file."""
+    where = f"{quote(str(path))}: " + (f"[{table}] " if table else "") + quote(name)
+    known = {option.name: option for option in OPTIONS if option.table == table}
+    if name not in known:
+        raise SpecError(f"{where} is no word of ours", hint=f"there are: {', '.join(sorted(known))}")
+    option = known[name]
+    if option.kind is list:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise SpecError(f"{where} is not a list of texts")
+        return [str(path.parent / item) for item in value] if name == "add" else value
+    kind: type = str if option.kind is Path else option.kind
+    if isinstance(value, int) and not isinstance(value, bool) and kind is float:
+        value = float(value)
+    if type(value) is not kind:
+        raise SpecError(f"{where} is not {_TYPES[option.kind]}")
+    return path.parent / str(value) if option.kind is Path else value
+
+
+def _identifier(option: Option) -> str:
+    return "word_" + option.name.replace("-", "_")
+
+
+def _type(option: Option) -> Any:
+    kind: Any = list[str] if option.kind is list else option.kind
+    if option.kind is bool:
+        return Annotated[bool | None, typer.Option(f"--{option.name}", help=option.help, show_default=False)]
+    return Annotated[kind | None, typer.Option(f"--{option.name}", help=option.help, metavar=_METAVARS[option.kind])]
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -1,0 +1,125 @@
+"""`dir:`: a directory of this machine as a root filesystem."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from osbuild.errors import HostError, InputError
+from osbuild.sources import directory
+from tests.layer_tools import opened
+
+ROOT = os.geteuid() == 0
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    top = tmp_path / "root"
+    (top / "etc/deep").mkdir(parents=True)
+    (top / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\n")
+    (top / "etc/passwd").chmod(0o4755)
+    os.utime(top / "etc/passwd", ns=(5, 1_700_000_000_123_456_789))
+    os.link(top / "etc/passwd", top / "etc/deep/same")
+    (top / "dangling").symlink_to("/no/where")
+    os.mkfifo(top / "pipe", 0o600)
+    return top
+
+
+def test_every_field_is_what_the_directory_has(root: Path) -> None:
+    image = opened(f"dir:{root}")
+    tree = image.tree
+    assert list(tree) == ["/", "/dangling", "/etc", "/etc/deep", "/etc/deep/same", "/etc/passwd", "/pipe"]
+    assert tree["/etc/passwd"] is tree["/etc/deep/same"]
+    assert stat.S_IMODE(tree["/etc/passwd"].mode) == 0o4755
+    assert tree["/etc/passwd"].mtime_ns == 1_700_000_000_123_456_789
+    assert (tree["/etc/passwd"].uid, tree["/etc/passwd"].gid) == (os.geteuid(), os.getegid())
+    assert tree["/dangling"].target == "/no/where"
+    assert stat.S_ISFIFO(tree["/pipe"].mode)
+    assert image.digest == f"sha256:{tree.digest()}"
+    assert image.config.diff_ids == ()
+
+
+def test_what_changes_later_changes_nothing_here(root: Path) -> None:
+    tree = opened(f"dir:{root}").tree
+    (root / "etc/passwd").write_text("evil")
+    assert b"".join(tree["/etc/passwd"].content.chunks()) == b"root:x:0:0::/:/bin/sh\n"
+
+
+def test_names_of_any_bytes_are_kept(root: Path) -> None:
+    odd = b"new\nline-\xff"
+    (root / os.fsdecode(odd)).write_bytes(b"1")
+    assert os.fsdecode(b"/" + odd) in opened(f"dir:{root}").tree
+
+
+def test_a_socket_is_left_out(root: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(root / "s"))
+        assert "/s" not in opened(f"dir:{root}").tree
+
+
+@pytest.mark.skipif(not ROOT, reason="making device nodes and attributes needs root")
+def test_devices_and_attributes_are_kept(root: Path) -> None:
+    os.mknod(root / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    os.setxattr(root / "etc/passwd", "user.note", b"\0x")
+    os.setxattr(root / "dangling", "trusted.t", b"1", follow_symlinks=False)
+    tree = opened(f"dir:{root}").tree
+    assert (tree["/null"].major, tree["/null"].minor) == (1, 3)
+    assert tree["/etc/passwd"].xattrs == {"user.note": b"\0x"}
+    assert tree["/dangling"].xattrs == {"trusted.t": b"1"}
+
+
+@pytest.mark.skipif(not ROOT, reason="mounting needs root")
+def test_a_mount_in_it_is_refused_by_name(root: Path) -> None:
+    (root / "proc").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(root / "proc")], check=False, capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount here: {mounted.stderr.decode().strip()}")
+    try:
+        with pytest.raises(InputError, match="'/proc': another file system"):
+            opened(f"dir:{root}")
+    finally:
+        subprocess.run(["umount", str(root / "proc")], check=True)
+
+
+@pytest.mark.skipif(not ROOT, reason="becoming somebody else needs root")
+def test_what_may_not_be_read_is_the_hosts_fault(root: Path) -> None:
+    (root / "etc/secret").write_text("x")
+    (root / "etc/secret").chmod(0)
+    for path in (root, *root.parents[:3]):
+        path.chmod(0o755)
+    child = os.fork()
+    if child == 0:
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        try:
+            opened(f"dir:{root}")
+        except HostError as problem:
+            os._exit(0 if "'/etc/secret': Permission denied" in str(problem) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = directory.Spool.take
+
+    def take_and_grow(self: directory.Spool, source: int, size: int) -> None:
+        take(self, source, size)
+        with (root / "etc/passwd").open("a") as file:
+            file.write("more")
+
+    monkeypatch.setattr(directory.Spool, "take", take_and_grow)
+    with pytest.raises(InputError, match="changed while it was read"):
+        opened(f"dir:{root}")
+
+
+@pytest.mark.parametrize("name", ["no", "file"])
+def test_what_is_no_directory_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=f"{name}'"):
+        opened(f"dir:{tmp_path}/{name}")

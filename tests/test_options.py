@@ -1,0 +1,146 @@
+"""The words of the command line and of osbuild.toml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from osbuild import options
+from osbuild.errors import SpecError
+from osbuild.options import build_spec, image_of, limits, merged, read_config, registry_spec, rootfs_spec
+
+EVERY = """
+image = "oci:layout"
+platform = "linux/amd64"
+arch = "x86_64"
+limit = ["entries=5"]
+make = "image"
+no-smoke = true
+fs = "ext4"
+compress = "gzip"
+
+[rootfs]
+init = "systemd"
+slim = true
+modules = "lib/modules/6.12"
+hooks = "hooks"
+policy = "p.rego"
+add = ["motd:/etc/motd"]
+remove = ["/usr/share/doc"]
+
+[kernel]
+with = ["xfs"]
+source = "linux.tar.xz"
+
+[guest]
+accel = "tcg"
+memory = 512
+cpus = 2
+timeout = 9
+
+[registry]
+mirror = ["docker.io=mirror.example", "docker.io=second.example"]
+insecure-registry = ["registry:5000"]
+authfile = "/etc/auth.json"
+offline = true
+"""
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "osbuild.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_can_say_every_word_there_is(tmp_path: Path) -> None:
+    words = read_config(written(tmp_path, EVERY))
+    assert set(words) == {option.name for option in options.OPTIONS} | {"image"}
+    spec = build_spec(image_of("", words), tmp_path / "out", words)
+    assert (spec.image, spec.kinds, spec.smoke, spec.compress) == ("oci:layout", ("image",), False, "gzip")
+    assert (spec.features, spec.kernel_source) == (("xfs",), tmp_path / "linux.tar.xz")
+    assert spec.limits.entries == 5
+    assert (spec.guest.memory_mib, spec.guest.cpus, spec.guest.accel, spec.guest.seconds) == (512, 2, "tcg", 9.0)
+    assert spec.rootfs.init == "systemd"
+    assert spec.rootfs.slim
+    assert spec.rootfs.modules == tmp_path / "lib/modules/6.12"
+    assert (spec.rootfs.add[0].source, spec.rootfs.add[0].target) == (tmp_path / "motd", "/etc/motd")
+    assert spec.registry.mirrors == {"docker.io": ("mirror.example", "second.example")}
+    assert spec.registry.auth_file == Path("/etc/auth.json")
+    assert spec.registry.offline
+
+
+def test_the_command_line_wins_and_lists_add_up(tmp_path: Path) -> None:
+    file = read_config(written(tmp_path, EVERY))
+    words = merged(file, {"compress": "none", "remove": ["/var/cache"], "memory": 1024})
+    assert words["compress"] == "none"
+    assert words["memory"] == 1024
+    assert words["remove"] == ["/usr/share/doc", "/var/cache"]
+    assert image_of("dir:x", words) == "dir:x"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("colour = 'red'", "'colour' is no word of ours"),
+        ("[rootfs]\ninti = 'agent'", "[rootfs] 'inti' is no word of ours"),
+        ("[guest]\nfs = 'ext4'", "[guest] 'fs' is no word of ours"),
+        ("[rootfs]\nslim = 'yes'", "[rootfs] 'slim' is not true or false"),
+        ("[guest]\nmemory = true", "[guest] 'memory' is not a whole number"),
+        ("[guest]\nmemory = 1.5", "[guest] 'memory' is not a whole number"),
+        ("[guest]\ntimeout = 'long'", "[guest] 'timeout' is not a number"),
+        ("[rootfs]\nadd = 'a:/b'", "[rootfs] 'add' is not a list of texts"),
+        ("[rootfs]\nadd = [1]", "[rootfs] 'add' is not a list of texts"),
+        ("image = 3", "'image' is no word of ours"),
+        ("rootfs = 3", "'rootfs' is no word of ours"),
+        ("= 3", "is not TOML"),
+        ("x = '\udcff'", "is not TOML"),
+    ],
+)
+def test_a_file_is_refused_with_table_and_word(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "osbuild.toml"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(SpecError) as caught:
+        read_config(path)
+    assert says in str(caught.value)
+    assert "osbuild.toml" in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"no\.toml"):
+        read_config(tmp_path / "no.toml")
+
+
+@pytest.mark.parametrize(
+    ("reader", "words"),
+    [
+        (limits, {"limit": ["entries"]}),
+        (limits, {"limit": ["entries=-1"]}),
+        (limits, {"limit": ["entries=0"]}),
+        (limits, {"limit": ["colour=3"]}),
+        (registry_spec, {"mirror": ["docker.io"]}),
+        (registry_spec, {"mirror": ["=x"]}),
+        (rootfs_spec, {"add": ["x"]}),
+        (rootfs_spec, {"add": ["x:relative"]}),
+        (rootfs_spec, {"init": "runit"}),
+        (lambda words: image_of("", words), {}),
+        (lambda words: build_spec("x", Path(), words), {"platform": "windows/amd64"}),
+        (lambda words: build_spec("x", Path(), words), {"platform": "linux"}),
+        (lambda words: build_spec("x", Path(), words), {"platform": "linux/arm64", "arch": "x86_64"}),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(reader: Any, words: dict[str, Any]) -> None:
+    with pytest.raises(SpecError):
+        reader(words)
+
+
+def test_a_wrong_limit_is_told_which_there_are() -> None:
+    with pytest.raises(SpecError) as caught:
+        limits({"limit": ["help"]})
+    assert "entries=" in caught.value.hint
+
+
+def test_a_source_may_hold_a_colon() -> None:
+    (addition,) = rootfs_spec({"add": ["a:b:/c"]}).add
+    assert (addition.source, addition.target) == (Path("a:b"), "/c")
