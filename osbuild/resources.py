@@ -26,6 +26,7 @@ def render(name: str, **values: object) -> str:
     text = resource(f"templates/{name}").read_text(encoding="utf-8")
     # Nothing here becomes HTML; and what comes from an image is a value, never a template.
     environment = jinja2.Environment(  # noqa: S701
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
+        loader=jinja2.FileSystemLoader(resource("templates")),  # for what one template includes of another
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
     return environment.from_string(text).render(values)
