@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from osbuild.agent import build_agent, install_agent
+from bench.reading import measure_reading
+from osbuild.agent import build_agent
 from osbuild.arch import X86_64
 from osbuild.artifacts import DiskImage, Initrd, Rootfs
 from osbuild.cache import default_cache
@@ -46,10 +47,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", action="append", choices=("reading", "writers", "boots"))
     wishes = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="osbuilder-bench-", dir=os.environ.get("TMPDIR")) as name:
         work = Path(name)
-        results = {"writers": measure_writers(work, wishes.rounds), "boots": measure_boots(work, wishes.rounds)}
+        results = {part: PARTS[part](work, wishes.rounds) for part in wishes.only or PARTS}
     if wishes.json:
         json.dump(results, sys.stdout, indent=2)
     else:
@@ -86,7 +88,7 @@ def measure_writers(work: Path, rounds: int) -> list[dict[str, object]]:
         [str(ROOT / "scripts/oci-layout"), str(work / "rootfs.tar"), str(layout), "bench:latest"], check=True
     )
     image = open_image(f"oci:{layout}", WANT)
-    rootfs = install_agent(assemble_rootfs(image, epoch=0), build_agent(X86_64, default_cache()))
+    rootfs = assemble_rootfs(image, build_agent(X86_64, default_cache()), epoch=0)
     filesystem = FILESYSTEMS["ext4"]
 
     def ours_image() -> None:
@@ -136,7 +138,7 @@ def measure_boots(work: Path, rounds: int) -> list[dict[str, object]]:
         layout = work / name
         environment = os.environ | {"DOCKER_HOST": "unix:///nonexistent"}
         subprocess.run([str(ROOT / "scripts/base-image"), name, str(layout)], check=True, env=environment)
-        rootfs = install_agent(assemble_rootfs(open_image(f"oci:{layout}", WANT), epoch=0), build_agent(X86_64, cache))
+        rootfs = assemble_rootfs(open_image(f"oci:{layout}", WANT), build_agent(X86_64, cache), epoch=0)
         roots |= make_roots(work, name, rootfs)
     found: dict[str, list[SmokeReport]] = {name: [] for name in roots}
     for _ in range(rounds):
@@ -189,18 +191,38 @@ def race(rows: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
 
 def show(results: dict[str, list[dict[str, object]]]) -> None:
     print(f"content: {BYTES >> 20} MiB in {FILES} files; {os.cpu_count()} processors; medians\n")
-    writers = {str(row["what"]): row for row in results["writers"]}
+    show_reading(results.get("reading", []))
+    show_writers(results.get("writers", []))
+    show_boots(results.get("boots", []))
+
+
+def show_reading(rows: list[dict[str, object]]) -> None:
+    for row in rows:
+        print(f"{row['what']:48} {row['seconds']:8.2f} s {row['MiB']:>6} MiB of memory")
+    print()
+
+
+def show_writers(rows: list[dict[str, object]]) -> None:
+    writers = {str(row["what"]): row for row in rows}
     seconds = {what: float(str(row["seconds"])) for what, row in writers.items()}
     base = {"mke2fs -d": "tree to DAX image (ours)", "find | cpio | zstd -T2 -3": "tree to initramfs, zstd (ours)",
             "find | cpio | gzip -9": "tree to initramfs, zstd (ours)"}  # fmt: skip
-    print(f"{'writer':34} {'seconds':>8} {'MiB on disk':>12} {'ours / it':>10}")
+    if rows:
+        print(f"{'writer':34} {'seconds':>8} {'MiB on disk':>12} {'ours / it':>10}")
     for what, row in writers.items():
         ratio = f"{seconds[base[what]] / seconds[what]:.2f}" if what in base else ""
         print(f"{what:34} {seconds[what]:8.2f} {int(str(row['bytes'])) / (1 << 20):12.1f} {ratio:>10}")
-    print(f"\n{'smoke test (software emulation)':34} {'guest clock':>12} {'answered':>9} {'wall':>6}")
-    for row in results["boots"]:
+    print()
+
+
+def show_boots(rows: list[dict[str, object]]) -> None:
+    if rows:
+        print(f"{'smoke test (software emulation)':34} {'guest clock':>12} {'answered':>9} {'wall':>6}")
+    for row in rows:
         print(f"{row['what']:34} {row['guest to agent']:10.2f} s {row['start to answer']:7.2f} s {row['wall']:4.2f} s")
 
+
+PARTS = {"reading": measure_reading, "writers": measure_writers, "boots": measure_boots}
 
 if __name__ == "__main__":
     main()

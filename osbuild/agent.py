@@ -6,10 +6,8 @@ ELF header    e_machine at 18, program headers at e_phoff: one of type PT_INTERP
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import posixpath
 import re
 import shutil
 import struct
@@ -20,11 +18,11 @@ from typing import Final
 import osbuild
 from osbuild import command
 from osbuild.arch import X86_64, Arch, host_arch
-from osbuild.artifacts import File, Rootfs
+from osbuild.artifacts import File
 from osbuild.cache import Cache
 from osbuild.errors import BuildError, HostError, InputError
 from osbuild.resources import resource
-from osbuild.tree import directory, regular, symlink
+from osbuild.tree import Draft, regular, symlink
 
 NAME: Final = "osbuilder-agent"
 INIT: Final = "/sbin/init"  # where Kata's images have an agent that is the first process
@@ -137,20 +135,31 @@ def _segment_types(data: bytes) -> list[int]:
     return [struct.unpack_from("<I", data, offset + size * index)[0] for index in range(count)]
 
 
-def install_agent(rootfs: Rootfs, agent: File) -> Rootfs:
-    """The tree with the agent as its first process: a regular file at /sbin/init, and /init for an initramfs.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agent:
+    """An agent's binary, read: what goes into the tree is what was looked at."""
+
+    name: str
+    version: str
+    sha256: str  # of its bytes
+    data: bytes
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+def read_agent(file: File) -> Agent:
+    """The agent that a file holds; InputError when it is none of osbuilder's."""
+    data = file.path.read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Agent(name=NAME, version=agent_version(data), sha256=sha256, data=data)
+
+
+def install_init(draft: Draft, agent: Agent, *, now: int) -> None:
+    """The agent as the first process: a regular file at /sbin/init, and /init for an initramfs.
 
     Parents are resolved inside the tree, so an image whose /sbin is a link into /usr stays one; what was at those
-    two paths is replaced.
+    two paths is replaced. `now` is in nanoseconds.
     """
-    data = agent.path.read_bytes()
-    now = rootfs.epoch * 1_000_000_000
-    draft = rootfs.tree.edit()
-    above = posixpath.dirname(INIT)
-    if draft.get(draft.resolve(above)) is None:
-        draft.put(above, directory(mtime_ns=now))
-    draft.put(INIT, regular(data, 0o755, mtime_ns=now))
+    draft.put(INIT, regular(agent.data, 0o755, mtime_ns=now))
     draft.put("/init", symlink(INIT, mtime_ns=now))
-    return dataclasses.replace(
-        rootfs, tree=draft.tree(), init=INIT, agent=f"{NAME} {agent_version(data)}", agent_sha256=agent.sha256
-    )

@@ -39,6 +39,9 @@ class Rootfs:
     epoch: int  # seconds since 1970: the time of everything that we add
     agent: str = ""  # name and version of the agent in it; empty before one is installed
     agent_sha256: str = ""  # of its binary
+    words: tuple[str, ...] = ()  # kernel arguments that this tree needs, wherever it lies
+    dropped_xattrs: Mapping[str, int] = field(default_factory=dict)  # of the image: name -> inodes that had it
+    inputs: Mapping[str, str] = field(default_factory=dict)  # what came from this machine's files: what -> digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

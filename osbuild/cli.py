@@ -16,15 +16,18 @@ import osbuild
 from osbuild import console
 from osbuild.arch import Arch, find_arch, host_arch
 from osbuild.cache import default_cache
-from osbuild.errors import CommandError, HostError, Interrupted, OsbuilderError
-from osbuild.options import Words, build_spec, guest_spec, image_of, takes
+from osbuild.errors import CommandError, HostError, Interrupted, OsbuilderError, SpecError
+from osbuild.listing import spell
+from osbuild.options import Words, build_spec, guest_spec, image_of, recipe_words, takes
 from osbuild.output import writing
 from osbuild.tree import quote
 
 if TYPE_CHECKING:  # what is slow to import is imported by the command that needs it
     from osbuild.artifacts import File
     from osbuild.pipeline import Build
+    from osbuild.recipe import Dockerfile
     from osbuild.report import Report
+    from osbuild.rootfs import Explained
 
 app = typer.Typer(
     name="osbuilder",
@@ -36,8 +39,10 @@ app = typer.Typer(
 )
 kernel_app = typer.Typer(help="The guest kernel.", no_args_is_help=True)
 agent_app = typer.Typer(help="The guest agent.", no_args_is_help=True)
+cache_app = typer.Typer(help="What is kept between runs: pulled blobs, kernels, agents.", no_args_is_help=True)
 app.add_typer(kernel_app, name="kernel")
 app.add_typer(agent_app, name="agent")
+app.add_typer(cache_app, name="cache")
 
 Image = Annotated[
     str,
@@ -61,7 +66,7 @@ def start(version: Annotated[bool, typer.Option("--version", help="print the ver
 
 
 @app.command()
-@takes("image", "output", "disk", "initramfs", "rootfs", "kernel", "guest", "registry")
+@takes("image", "recipe", "output", "disk", "initramfs", "rootfs", "kernel", "guest", "registry")
 def build(
     words: Words, image: Image = "", out: Out = Path("osbuilder-out"), as_json: Json = False, quiet: Quiet = False
 ) -> None:
@@ -75,7 +80,7 @@ def build(
     from osbuild import pipeline
 
     show = console.Show(quiet=quiet)
-    result = pipeline.build(build_spec(image_of(image, words), out, words), default_cache(), show)
+    result = pipeline.build(build_spec(_image(image, words, show), out, words), default_cache(), show)
     if as_json:
         console.print_json(_build_json(result, show))
     else:
@@ -84,12 +89,14 @@ def build(
 
 
 @app.command()
-@takes("image", "rootfs", "registry")
+@takes("image", "recipe", "rootfs", "registry")
 def rootfs(
     words: Words,
     image: Image = "",
     raw: Annotated[bool, typer.Option("--raw", help="the image itself: flattened, before policy and agent")] = False,
     tar: Annotated[Path | None, typer.Option("--tar", help="write the tree as a tar; - for standard output")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="what each rule of the policy does, and why")] = False,
+    render: Annotated[bool, typer.Option("--render", help="only print the recipe's Dockerfile")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -100,9 +107,15 @@ def rootfs(
     from osbuild import listing, pipeline
     from osbuild.tar_writer import archive
 
+    if render:
+        sys.stdout.write(_dockerfile(words).text)
+        return
     show = console.Show(quiet=quiet)
-    spec = build_spec(image_of(image, words), Path(), words, smoke=False)
+    spec = build_spec(_image(image, words, show), Path(), words, smoke=False)
     source = pipeline.open_source(spec, default_cache(), show)
+    if explain:
+        _print_rules(pipeline.explain_rootfs(spec, source, default_cache()), as_json=as_json)
+        return
     tree = source.tree if raw else pipeline.make_rootfs(spec, source, default_cache(), show).tree
     if tar is not None:
         _write_tar(tar, archive(tree))
@@ -114,29 +127,29 @@ def rootfs(
 
 
 @app.command()
-@takes("image", "disk", "rootfs", "registry")
+@takes("image", "recipe", "disk", "rootfs", "registry")
 def image(
     words: Words, image: Image = "", out: OutFile = Path("guest.img"), as_json: Json = False, quiet: Quiet = False
 ) -> None:
     """Only the DAX image, with the agent in it."""
     from osbuild import pipeline
 
-    spec = build_spec(image_of(image, words), out.parent, words, kinds=("image",), smoke=False)
     show = console.Show(quiet=quiet)
+    spec = build_spec(_image(image, words, show), out.parent, words, kinds=("image",), smoke=False)
     disk = pipeline.make_image(spec, pipeline.open_rootfs(spec, default_cache(), show), out, show)
     _print_file(disk.file, {"filesystem": disk.filesystem, "dax": disk.dax, "words": list(disk.words)}, as_json=as_json)
 
 
 @app.command()
-@takes("image", "initramfs", "rootfs", "registry")
+@takes("image", "recipe", "initramfs", "rootfs", "registry")
 def initrd(
     words: Words, image: Image = "", out: OutFile = Path("guest.initrd"), as_json: Json = False, quiet: Quiet = False
 ) -> None:
     """Only the initramfs, with the agent in it."""
     from osbuild import pipeline
 
-    spec = build_spec(image_of(image, words), out.parent, words, kinds=("initrd",), smoke=False)
     show = console.Show(quiet=quiet)
+    spec = build_spec(_image(image, words, show), out.parent, words, kinds=("initrd",), smoke=False)
     made = pipeline.make_initrd(spec, pipeline.open_rootfs(spec, default_cache(), show), out, show)
     _print_file(made.file, {"compression": made.compression, "unpacked": made.unpacked}, as_json=as_json)
 
@@ -228,6 +241,68 @@ def agent_version_of(
         sys.stdout.write(f"{NAME} {version}\n")
 
 
+@cache_app.command("ls")
+def cache_ls(as_json: Json = False) -> None:
+    """Everything in the cache: what it is, its size, when it was last used."""
+    from osbuild.housekeeping import survey
+
+    items = survey(default_cache())
+    if as_json:
+        console.print_json([item.to_dict() for item in items])
+        return
+    rows = [
+        (item.kind, item.key[:40], console.size_text(item.size), console.age_text(item.used), "yes" * item.in_use)
+        for item in items
+    ]
+    total = console.size_text(sum(item.size for item in items))
+    console.print_table(f"{default_cache().root}: {total}", ("kind", "key", "size", "used", "in use"), rows)
+
+
+@cache_app.command("verify")
+def cache_verify(as_json: Json = False) -> None:
+    """Read everything in the cache again; what is damaged is set aside, and made again when it is needed.
+
+    Exit code 3 when something was damaged.
+    """
+    from osbuild.housekeeping import verify
+
+    found = verify(default_cache())
+    bad = [each for each in found if each.problem]
+    if as_json:
+        console.print_json([each.to_dict() for each in found])
+    else:
+        console.print_lines(f"{each.kind} {each.key}: {each.problem}" for each in bad)
+        console.print_lines([f"{len(found)} checked, {len(bad)} damaged"])
+    raise typer.Exit(3 if bad else 0)
+
+
+@cache_app.command("prune")
+def cache_prune(
+    days: Annotated[float, typer.Option("--days", help="keep what was used within so many days")] = 30.0,
+    most: Annotated[int | None, typer.Option("--most", metavar="MIB", help="keep at most so many MiB")] = None,
+    kinds: Annotated[list[str] | None, typer.Option("--kind", help="only this kind; may be given again")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="everything that no process uses")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what killed runs left and what was not used for long; never what a process is using."""
+    from osbuild.housekeeping import prune
+
+    done = prune(
+        default_cache(), keep_days=days, most_bytes=None if most is None else most << 20, everything=everything,
+        dry_run=dry_run, kinds=frozenset(kinds) if kinds else None,
+    )  # fmt: skip
+    if as_json:
+        console.print_json(done.to_dict())
+    else:
+        word = "would go" if dry_run else "gone"
+        console.print_lines(f"{word}: {item.kind} {item.key}" for item in done.removed)
+        console.print_lines(f"kept, in use: {item.kind} {item.key}" for item in done.in_use)
+        console.print_lines(f"kept: {item.kind} {item.key}: {reason}" for item, reason in done.failed)
+        console.print_lines([f"{console.size_text(done.size)} {word}"])
+    raise typer.Exit(4 if done.failed else 0)
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say which tools are here and which are missing.
@@ -293,6 +368,39 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _arch(name: str) -> Arch:
     return find_arch(name) if name else host_arch()
+
+
+def _image(argument: str, words: Words, show: console.Show) -> str:
+    """The image to start from; a recipe is built first."""
+    name = image_of(argument, words)
+    if name:
+        return name
+    from osbuild import recipe
+
+    return recipe.build(_dockerfile(words), show=show, fresh=words.get("fresh", False))
+
+
+def _dockerfile(words: Words) -> Dockerfile:
+    from osbuild import recipe
+
+    if "recipe" not in words:
+        raise SpecError("no recipe is named", hint=f"--recipe {', '.join(recipe.RECIPES)}")
+    return recipe.render(words["recipe"], **recipe_words(words))
+
+
+def _print_rules(rules: tuple[Explained, ...], *, as_json: bool) -> None:
+    if as_json:
+        console.print_json([rule.to_dict() for rule in rules])
+        return
+    for rule in rules:
+        changes = ((rule.added, "+"), (rule.changed, "~"), (rule.removed, "-"))
+        counts = " ".join(f"{sign}{change.count}" for change, sign in changes if change.count)
+        state = counts or "no change" if rule.applied else "not here"
+        console.print_lines([f"{rule.name} ({state}): {rule.why}" + (f" [{rule.note}]" if rule.note else "")])
+        for change, sign in changes:
+            more = f" … {change.count - len(change.first)} more" if change.count > len(change.first) else ""
+            if change.first:
+                console.print_lines([f"    {sign} {' '.join(map(spell, change.first))}{more}"])
 
 
 def _write_tar(out: Path, pieces: Iterable[bytes]) -> None:

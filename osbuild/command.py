@@ -1,8 +1,8 @@
 """Starting other programs: `run` waits for one, `start` keeps one beside us. Nothing else starts a process.
 
 Programs get argument lists, never shell lines; an environment made from scratch (C locale, UTC, the caller's PATH);
-standard input from /dev/null; a process group of their own, which is ended whatever happens to us: on every way out
-of the block, and by the kernel (PR_SET_PDEATHSIG) when we are killed.
+standard input from /dev/null unless they are given one; a process group of their own, which is ended whatever happens
+to us: on every way out of the block, and by the kernel (PR_SET_PDEATHSIG) when we are killed.
 """
 
 from __future__ import annotations
@@ -65,20 +65,25 @@ def run(
     seconds: float | None = None,
     watch: Callable[[str], None] | None = None,
     merge: bool = True,
+    stdin: bytes = b"",
 ) -> Completed:
     """Run a program to its end. Its output goes to `log` when given, else into the result; `watch` sees each line.
 
-    With `merge=False` standard error is kept out of the result. CommandError on a non-zero exit, on a signal, and
-    after `seconds`.
+    `stdin` is what it reads. With `merge=False` standard error is kept out of the result. CommandError on a non-zero
+    exit, on a signal, and after `seconds`.
     """
     began = time.monotonic()
     kept = bytearray()
     straight_to_log = log is not None and watch is None
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(log.open("ab")) if log is not None and watch is not None else None
+        given = stack.enter_context(_in_memory(stdin)) if stdin else None
         process = stack.enter_context(
-            start(*argv, cwd=cwd, env=env, log=log if straight_to_log else None, pipe=not straight_to_log, merge=merge)
-        )
+            start(
+                *argv, cwd=cwd, env=env, log=log if straight_to_log else None, pipe=not straight_to_log, merge=merge,
+                stdin=given,
+            )
+        )  # fmt: skip
         timed_out = stack.enter_context(_deadline(process, seconds))
         for line in process.stdout or ():
             if watch is not None:
@@ -105,6 +110,7 @@ def start(
     log: Path | None = None,
     pipe: bool = False,
     merge: bool = True,
+    stdin: IO[bytes] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Keep a program beside us for the length of the block; its whole process group is gone afterwards.
 
@@ -123,7 +129,7 @@ def start(
                 (program, *argv[1:]),
                 cwd=cwd,
                 env=environment(env),
-                stdin=subprocess.DEVNULL,
+                stdin=stdin or subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT if merge else subprocess.DEVNULL,
                 start_new_session=True,
@@ -137,6 +143,14 @@ def start(
             end(process)
             if process.stdout is not None:
                 process.stdout.close()
+
+
+def _in_memory(data: bytes) -> IO[bytes]:
+    """A file without a name: unlike a pipe it is never full, and unlike a real one it is never on a disk."""
+    file = os.fdopen(os.memfd_create("stdin"), "w+b")
+    file.write(data)
+    file.seek(0)
+    return file
 
 
 def end(process: subprocess.Popen[bytes], *, grace: float = GRACE_SECONDS) -> None:

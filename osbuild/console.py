@@ -171,6 +171,15 @@ def print_error(error: OsbuilderError, tail: str = "") -> None:
         console.print(Text.assemble(("hint:  ", "bold"), error.hint))
 
 
+def age_text(moment: float) -> str:
+    """How long ago that was, as people say it."""
+    seconds = max(time.time() - moment, 0)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit} ago"
+    return "now"
+
+
 def size_text(size: int) -> str:
     """A number of bytes as people write it."""
     value = float(size)

@@ -68,6 +68,7 @@ def build_initrd(rootfs: Rootfs, out: Path, *, compress: str = "zstd") -> Initrd
         entries=len(rootfs.tree),
         resident=sum(entry.content.size + -entry.content.size % _PAGE for entry in inodes),
         lost_xattrs=sum(bool(entry.xattrs) for entry in inodes),
+        words=rootfs.words,
     )
 
 

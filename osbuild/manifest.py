@@ -59,6 +59,10 @@ def write_lock(out: Path, spec: BuildSpec, rootfs: Rootfs, kernel: Kernel, image
             "layers": list(image.config.diff_ids),
         },
         "agent": {"name": rootfs.agent, "sha256": rootfs.agent_sha256},
+        "rootfs": {
+            "init": spec.rootfs.init, "slim": spec.rootfs.slim, "remove": list(spec.rootfs.remove),
+            "inputs": dict(rootfs.inputs),
+        },
         "kernel": {"key": kernel.key, "inputs": kernel.inputs},
         "options": {
             "arch": spec.arch.name, "kinds": list(spec.kinds), "filesystem": spec.filesystem,

@@ -22,7 +22,11 @@ _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _STRING: Final = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _STRUCTURE: Final = re.compile(rb"[\[\]{}]")
 _REPOSITORY: Final = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*\Z")
+_HOST: Final = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?\Z")
 _TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")
+
+DOCKER_HUB: Final = "docker.io"
+HUB_NAMES: Final = frozenset((DOCKER_HUB, "index.docker.io", "registry-1.docker.io"))
 
 INDEX_TYPES: Final = frozenset(
     ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
@@ -50,14 +54,14 @@ Json = dict[str, Any]
 class Reference:
     """Where an image is: skopeo's transport word, and what that transport calls the image."""
 
-    transport: str  # a row of sources.SOURCES
+    transport: str  # a row of sources.SOURCES; empty when the user named none
     name: str  # a repository, or a path
     tag: str = ""
-    digest: str = ""
+    digest: str = ""  # of two, this one counts
 
     def __str__(self) -> str:
-        text = f"{self.transport}:{self.name}"
-        text += f":{self.tag}" if self.tag else ""
+        word = {"": "", "docker": "docker://"}.get(self.transport, f"{self.transport}:")
+        text = word + self.name + (f":{self.tag}" if self.tag else "")
         return text + (f"@{self.digest}" if self.digest else "")
 
 
@@ -117,15 +121,18 @@ def parse_platform(text: str) -> Platform:
 
 
 def parse_reference(text: str, transports: frozenset[str]) -> Reference:
-    """`docker-daemon:debian:12`, `oci:DIR[:TAG]`, `docker-archive:FILE`, `dir:PATH`; a bare name is the daemon's."""
+    """`docker-daemon:debian:12`, `docker://debian:12`, `oci:DIR[:TAG]`, `dir:PATH`; a bare name has no transport."""
     head, colon, rest = text.partition(":")
     if not text or text != text.strip() or "\0" in text:
         raise SpecError(f"no image is named {quote(text)}")
-    if colon and head in transports:
+    # docker:27 is Docker's own image on Docker Hub.
+    if colon and head in transports and (head != "docker" or rest.startswith("//")):
         if not rest:
             raise SpecError(f"{head}: names no image", hint=f"write {head}:NAME")
         if head == "docker-daemon":
             return _repository(head, rest)
+        if head == "docker":
+            return _repository(head, rest.removeprefix("//"))
         if head == "oci":
             path, _, tag = rest.rpartition(":")
             if path and "/" not in tag:
@@ -135,7 +142,29 @@ def parse_reference(text: str, transports: frozenset[str]) -> Reference:
         raise SpecError(f"{quote(text)} is a path", hint=f"say what it is: oci:{text} or docker-archive:{text}")
     if "://" in text or re.match(r"[a-z-]+:[./]", text):
         raise SpecError(f"no transport {quote(head)}", hint=f"one of {', '.join(sorted(transports))}")
-    return _repository("docker-daemon", text)
+    return _repository("", text)
+
+
+def registry_of(name: str) -> tuple[str, str]:
+    """The registry (HOST[:PORT]; docker.io when none is named) and the repository there, by Docker's rules."""
+    host, slash, path = name.partition("/")
+    if not slash or not _is_host(host):
+        host, path = DOCKER_HUB, name
+    if host in HUB_NAMES:
+        return DOCKER_HUB, path if "/" in path else f"library/{path}"
+    return host, path
+
+
+def parse_mirror(text: str) -> tuple[str, str]:
+    """`HOST[:PORT][/PREFIX]`: a registry, and what comes before the names of its repositories."""
+    host, _, path = text.removeprefix("https://").rstrip("/").partition("/")
+    if not _HOST.match(host) or (path and not _REPOSITORY.match(path)):
+        raise SpecError(f"{quote(text)} is no mirror", hint="HOST[:PORT] or HOST[:PORT]/PREFIX")
+    return host, f"{path}/" if path else ""
+
+
+def _is_host(text: str) -> bool:
+    return bool(_HOST.match(text)) and (text == "localhost" or any(mark in text for mark in ".:"))
 
 
 def _repository(transport: str, text: str) -> Reference:
@@ -146,11 +175,7 @@ def _repository(transport: str, text: str) -> Reference:
     if ":" in name.rpartition("/")[2]:
         name, _, tag = name.rpartition(":")
     host, slash, path = name.partition("/")
-    plain = (
-        path
-        if slash and re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]+)?", host) and re.search(r"[.:]|^localhost$", host)
-        else name
-    )
+    plain = path if slash and _is_host(host) else name
     # An image ID is a name of its own kind to the daemon.
     if not _REPOSITORY.match(plain) or (tag and not _TAG.match(tag)):
         raise SpecError(f"{quote(text)} is no image name", hint="NAME[:TAG] or NAME@sha256:…")

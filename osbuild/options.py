@@ -55,6 +55,12 @@ OPTIONS: Final = (
     Option("no-smoke", bool, "output", "do not boot what was made"),
     Option("fs", str, "disk", "ext4"),
     Option("compress", str, "initramfs", "zstd (the default), gzip or none"),
+    Option("recipe", str, "recipe", "make the image by docker build: debian, ubuntu, alpine or fedora; no IMAGE then"),
+    Option("base", str, "recipe", "the image that a recipe starts from, instead of its own"),
+    Option("release", str, "recipe", "another release of the recipe's distribution"),
+    Option("package", list, "recipe", "a package on top of the recipe's; may be given again"),
+    Option("package-mirror", str, "recipe", "where the recipe's packages come from, a URL"),
+    Option("fresh", bool, "recipe", "build the recipe again, whatever Docker remembers of it"),
     Option("init", str, "rootfs", "agent: it is the first process (the default); systemd: it is a service"),
     Option("slim", bool, "rootfs", "leave out the systemd units that a guest has no use for"),
     Option("modules", Path, "rootfs", "a directory of kernel modules, …/lib/modules/RELEASE"),
@@ -134,11 +140,19 @@ def merged(file: Words, given: Words) -> Words:
 
 
 def image_of(argument: str, words: Words) -> str:
-    """Which image: the argument, or the file's."""
-    image = argument or str(words.get("image", ""))
-    if not image:
-        raise SpecError("no image is named", hint='osbuilder build IMAGE, or image = "…" in osbuild.toml')
+    """Which image: the argument, or the file's; empty when a recipe makes it."""
+    if argument and "recipe" in words:
+        raise SpecError(f"both an image, {quote(argument)}, and a recipe, {quote(words['recipe'])}", hint="give one")
+    image = argument or ("" if "recipe" in words else str(words.get("image", "")))
+    if not image and "recipe" not in words:
+        raise SpecError("no image is named", hint='IMAGE, or --recipe, or image = "…" in osbuild.toml')
     return image
+
+
+def recipe_words(words: Words) -> dict[str, Any]:
+    """What `recipe.render` is to be called with."""
+    found = {name: words[name] for name in ("init", "base", "release") if name in words}
+    return found | {"packages": tuple(words.get("package", ())), "mirror": words.get("package-mirror", "")}
 
 
 def build_spec(image: str, out: Path, words: Words, **more: Any) -> BuildSpec:

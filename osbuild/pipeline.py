@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from osbuild import manifest, smoke
-from osbuild.agent import build_agent, install_agent
+from osbuild.agent import build_agent
 from osbuild.arch import MIB
 from osbuild.artifacts import DiskImage, Initrd, Kernel, Rootfs
+from osbuild.bootable import Problem, problems, workload_problems
 from osbuild.cache import Cache
 from osbuild.console import Show, size_text
+from osbuild.errors import InputError
 from osbuild.filesystem import FILESYSTEMS
 from osbuild.initrd import build_initrd
 from osbuild.kernel import build_kernel, default_spec
@@ -22,11 +24,12 @@ from osbuild.manifest import NAMES
 from osbuild.nvdimm_image import FILESYSTEM_START, build_nvdimm_image
 from osbuild.oci import Platform
 from osbuild.report import Report, SmokeReport, Verdict
-from osbuild.rootfs import assemble_rootfs
+from osbuild.rootfs import Explained, assemble_rootfs, explain
 from osbuild.runtime.base import Machine, least_memory
 from osbuild.sources import open_image
 from osbuild.sources.image import SourceImage, Want
 from osbuild.spec import BuildSpec, GuestSpec
+from osbuild.workload import workload
 from osbuild.workspace import copy_file, locked, sweep, workspace
 
 _LEAST_MEMORY_MIB: Final = 256  # the least Kata gives a guest
@@ -91,13 +94,42 @@ def boot_again(out: Path, wishes: GuestSpec, show: Show) -> Report:
 def make_rootfs(spec: BuildSpec, image: SourceImage, cache: Cache, show: Show) -> Rootfs:
     """The guest's tree with the agent in it."""
     epoch = _created(image) if spec.epoch is None else spec.epoch
+    with show.step("building the agent", name="agent"):
+        agent = build_agent(spec.arch, cache)
     with show.step("assembling the root filesystem", name="rootfs") as step:
-        rootfs = assemble_rootfs(image, epoch=epoch, clamp=spec.epoch is not None)
-        step.note = f"{len(rootfs.tree)} entries"
-    with show.step("installing the agent", name="agent") as step:
-        rootfs = install_agent(rootfs, build_agent(spec.arch, cache))
-        step.note = rootfs.agent
+        rootfs = assemble_rootfs(image, agent, epoch=epoch, clamp=spec.epoch is not None, wishes=spec.rootfs)
+        check_bootable(rootfs, spec)
+        step.note = f"{len(rootfs.tree)} entries, {rootfs.agent}"
+        if rootfs.dropped_xattrs:
+            dropped = ", ".join(f"{name} of {count}" for name, count in rootfs.dropped_xattrs.items())
+            step.note += f"; dropped: {dropped}"
+    for problem in program_problems(rootfs, image, spec):
+        show.say(f"note: {problem.text}")
     return rootfs
+
+
+def explain_rootfs(spec: BuildSpec, image: SourceImage, cache: Cache) -> tuple[Explained, ...]:
+    """What each rule of the policy would do to this image."""
+    epoch = _created(image) if spec.epoch is None else spec.epoch
+    agent = build_agent(spec.arch, cache)
+    return explain(image, agent, epoch=epoch, clamp=spec.epoch is not None, wishes=spec.rootfs)
+
+
+def program_problems(rootfs: Rootfs, image: SourceImage, spec: BuildSpec) -> tuple[Problem, ...]:
+    """Why the image's own program could not run in this tree: the guest boots all the same."""
+    found = workload(image.config, rootfs.tree.edit())
+    if found is None:
+        return ()
+    path = next((word.removeprefix("PATH=") for word in found.env if word.startswith("PATH=")), "")
+    return workload_problems(rootfs.tree, found.args[0], path, spec.arch, workdir=found.cwd)
+
+
+def check_bootable(rootfs: Rootfs, spec: BuildSpec) -> None:
+    """InputError with a sentence for each thing that would keep this tree from booting."""
+    found = problems(rootfs.tree, rootfs.init, spec.arch, systemd=spec.rootfs.init == "systemd")
+    if found:
+        hint = next((problem.hint for problem in found if problem.hint), "")
+        raise InputError("this tree would not boot: " + " ".join(problem.text for problem in found), hint=hint)
 
 
 def make_image(spec: BuildSpec, rootfs: Rootfs, out: Path, show: Show) -> DiskImage:
@@ -106,6 +138,7 @@ def make_image(spec: BuildSpec, rootfs: Rootfs, out: Path, show: Show) -> DiskIm
     with show.step(f"writing {out.name}", name="image") as step:
         plan = filesystem.plan(rootfs.tree, start=FILESYSTEM_START, epoch=rootfs.epoch)
         image = build_nvdimm_image(filesystem, plan, out, name=spec.filesystem, align=spec.align)
+        image = dataclasses.replace(image, words=(*image.words, *rootfs.words))
         step.note = f"{spec.filesystem}, {size_text(image.file.size)}"
     return image
 

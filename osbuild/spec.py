@@ -57,10 +57,18 @@ class RegistrySpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addition:
-    """A file or directory of this machine that goes into the guest's tree."""
+    """A file or directory of this machine that goes into the guest's tree.
+
+    A directory is laid over the target, what is there already staying; a file becomes the target, or goes into it
+    under its own name when the target ends with a slash.
+    """
 
     source: Path
     target: str  # absolute, in the guest
+
+    def __post_init__(self) -> None:
+        if self.target != "/":
+            _guest_path("add", self.target.removesuffix("/"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +85,8 @@ class RootfsSpec:
 
     def __post_init__(self) -> None:
         _one_of("init", self.init, INITS)
+        for pattern in self.remove:
+            _guest_path("remove", pattern)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,3 +133,11 @@ def _one_of(what: str, word: str, known: Iterable[str]) -> None:
     names = tuple(known)
     if word not in names:
         raise SpecError(f"no {what} {quote(word)}", hint=f"one of {', '.join(names)}")
+
+
+def _guest_path(what: str, path: str) -> None:
+    parts = path.split("/")
+    if parts[0] != "" or len(parts) < 2 or "\0" in path or not {"", ".", ".."}.isdisjoint(parts[1:]):
+        raise SpecError(
+            f"cannot {what} {quote(path)}", hint="an absolute path in the guest, below /, without . and .. in it"
+        )

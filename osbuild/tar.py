@@ -11,41 +11,36 @@ not used on layers: a wrong checksum in the middle silently ends an archive ther
 from __future__ import annotations
 
 import stat
-import struct
+import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
-from typing import Final
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, TypeVar
 
+from osbuild import sparse_map
 from osbuild.errors import InputError
-from osbuild.tree import ID_MAX, NAME_MAX, PATH_MAX, Backing, quote
+from osbuild.limits import Limits as Limits
+from osbuild.sparse_map import BLOCK, OddError
+from osbuild.tree import EMPTY, ID_MAX, Backing, Content, Slice, Sparse, quote
 
-BLOCK: Final = 512
-PAX_MAX: Final = 1 << 20  # bytes of one extended header
-PAX_RECORDS: Final = 64
 GNU_NAME_MAX: Final = 4096
 SIZE_MAX: Final = (1 << 63) - 1
-XATTR_VALUE_MAX: Final = 1 << 16  # as the kernel: XATTR_SIZE_MAX
 XATTR_NAME_MAX: Final = 255
 
-_HEADER: Final = struct.Struct("100s8s8s8s12s12s8sc100s6s2s32s32s8s8s155s12x")
+_WINDOW: Final = 8 << 10  # read at once: small members share one read, and large ones lose little by it
+_KEPT: Final = 1024  # fields of headers remembered: in most archives few owners, modes and times come again and again
+_NANO: Final = 1_000_000_000
 _ZERO: Final = bytes(BLOCK)
-_AHEAD: Final = frozenset((b"x", b"g", b"L", b"K"))  # members that speak of the one after them
+_XATTR: Final = "SCHILY.xattr."
+_REPEATED: Final = frozenset((sparse_map.PREFIX + "offset", sparse_map.PREFIX + "numbytes"))
 _TYPES: Final[Mapping[bytes, int]] = {
-    b"0": stat.S_IFREG, b"\0": stat.S_IFREG, b"7": stat.S_IFREG, b"2": stat.S_IFLNK, b"3": stat.S_IFCHR,
-    b"4": stat.S_IFBLK, b"5": stat.S_IFDIR, b"6": stat.S_IFIFO,
+    b"0": stat.S_IFREG, b"\0": stat.S_IFREG, b"7": stat.S_IFREG, b"S": stat.S_IFREG, b"2": stat.S_IFLNK,
+    b"3": stat.S_IFCHR, b"4": stat.S_IFBLK, b"5": stat.S_IFDIR, b"6": stat.S_IFIFO, b"1": 0,
 }  # fmt: skip
 _MAJOR_MAX: Final = (1 << 12) - 1
 _MINOR_MAX: Final = (1 << 20) - 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How much of what a layer may hold; generous, and settable for those who need more."""
-
-    entries: int = 2_000_000
-    file_bytes: int = 1 << 40
-    trailing_bytes: int = 1 << 24  # after the end of the archive: padding of blocking factors, nothing else
+_T = TypeVar("_T")
+_NO_XATTRS: Final[Mapping[str, bytes]] = MappingProxyType({})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,262 +57,405 @@ class Member:
     major: int
     minor: int
     offset: int  # of the bytes, in the spool
-    size: int
-    xattrs: dict[str, bytes] = field(default_factory=dict)
+    size: int  # of the file; what is stored of a sparse one is in its pieces
+    xattrs: Mapping[str, bytes]
+    pieces: tuple[tuple[int, int, int], ...] | None = None  # of a sparse file, as in tree.Sparse
 
 
 def read(spool: Backing, start: int, length: int, limits: Limits | None = None) -> Iterator[Member]:
     """The members of the archive that lies in a spool, in order. InputError at the first thing that breaks a rule."""
-    limits = limits or Limits()
-    at, end, count = start, start + length, 0
-    ahead = _Ahead()
-    while at < end:
-        block = spool.read(at, BLOCK)
-        where = f"at byte {at - start}"
-        if len(block) < BLOCK or at + BLOCK > end:
-            raise InputError(f"tar: cut off in the middle of a header {where}")
-        if block == _ZERO:
-            _check_end(spool, at, end, where, limits)
-            break
-        header = _parse(block, where)
-        body = at + BLOCK
-        count += 1
-        if count > limits.entries:
-            raise InputError(f"tar: more than {limits.entries} members in a layer")
-        if header.kind in _AHEAD:
-            at = body + header.size + -header.size % BLOCK
-            if at > end:
-                raise InputError(f"tar: an extended header {where} is longer than the archive")
-            _limit(header.size, PAX_MAX if header.kind in b"xg" else GNU_NAME_MAX + 1, where)
-            ahead.take(header.kind, spool.read(body, header.size), where)
-            continue
-        member = _member(header, ahead, body, where)
-        _check_member(member, end, limits)
-        at = body + member.size + -member.size % BLOCK
-        ahead = _Ahead()
-        yield member
-    if ahead.names or ahead.records:
-        raise InputError("tar: the archive ends after an extended header")
+    return _Reader(spool, start, length, limits or Limits()).members()
+
+
+def content(member: Member, spool: Backing) -> Content:
+    """The bytes of a regular file's member."""
+    if member.pieces is not None:
+        return Sparse(spool, member.size, member.pieces)
+    return Slice(spool, member.offset, member.size) if member.size else EMPTY
+
+
+class _Reader:
+    """One archive on its way from the first header to the end."""
+
+    def __init__(self, spool: Backing, start: int, length: int, limits: Limits) -> None:
+        self._spool = spool
+        self._start = start
+        self._end = start + length
+        self._limits = limits
+        self._window = b""  # bytes of the archive …
+        self._base = start  # … from here on
+        self._ahead = _Ahead(limits)
+        self._owners: dict[bytes, tuple[int, int, int]] = {}
+        self._times: dict[bytes, int] = {}
+
+    def members(self) -> Iterator[Member]:
+        at, end, count = self._start, self._end, 0
+        while at < end:
+            block = b""
+            try:
+                block = self._block(at)
+                if block == _ZERO:
+                    self._check_end(at)
+                    break
+                _check_sum(block)
+                kind = block[156:157]
+                count += kind not in b"xLK"  # those come with a member
+                if count > self._limits.entries:
+                    raise OddError(f"more than {self._limits.entries} members in an archive")
+                if kind in b"xgLK":
+                    at = self._extended(kind, block, at + BLOCK)
+                    continue
+                member, at = self._member(kind, block, at + BLOCK)
+            except OddError as odd:
+                name = self._ahead.name(_name(block))
+                raise InputError(f"{_shown(name)}: {odd} (tar header at byte {at - self._start})") from None
+            yield member
+        if not self._ahead.empty:
+            raise InputError(f"{_shown(self._ahead.name(b''))}: the archive ends after an extended header")
+
+    def _block(self, at: int) -> bytes:
+        """The block at an offset that is known to lie before the end."""
+        offset = at - self._base
+        if not 0 <= offset <= len(self._window) - BLOCK:
+            self._window = self._spool.read(at, min(_WINDOW, self._end - at))
+            self._base, offset = at, 0
+            if len(self._window) < BLOCK:
+                raise OddError("the archive is cut off in the middle of a header")
+        return self._window[offset : offset + BLOCK]
+
+    def _bytes(self, at: int, length: int) -> bytes:
+        """Bytes at an offset, fewer at the end of the archive."""
+        offset = at - self._base
+        if offset >= 0 and offset + length <= len(self._window):
+            return self._window[offset : offset + length]
+        return self._spool.read(at, max(0, min(length, self._end - at)))
+
+    def _extended(self, kind: bytes, block: bytes, body: int) -> int:
+        """Take in a header that speaks of the next member; returns where that one's header is."""
+        size = _number(block[124:136], "size")
+        most = self._limits.header_bytes if kind in b"xg" else GNU_NAME_MAX + 1
+        if size > most:
+            raise OddError(f"an extended header of {size} bytes, more than {most}")
+        after = body + size + -size % BLOCK
+        if after > self._end:
+            raise OddError("an extended header is longer than the archive")
+        self._ahead.take(kind, self._bytes(body, size))
+        return after
+
+    def _member(self, kind: bytes, block: bytes, body: int) -> tuple[Member, int]:
+        """The member of a header, and where the next header is."""
+        if kind not in _TYPES:
+            raise OddError(f"unknown tar member type {_shown(kind)}")
+        ahead = self._ahead
+        raw = _name(block) if ahead.empty else ahead.name(_name(block))
+        if raw.endswith(b"/") and kind in b"\x0007":
+            kind = _slashed(kind)
+        owner = self._owners.get(block[100:124]) or self._owner(block[100:124])
+        mtime_ns = self._times.get(block[136:148])
+        if mtime_ns is None:
+            mtime_ns = self._time(block[136:148])
+        member = Member(
+            name=_path(raw, self._limits), kind=_TYPES[kind], mode=owner[0], uid=owner[1], gid=owner[2],
+            mtime_ns=mtime_ns, link="", major=0, minor=0, offset=body, size=_number(block[124:136], "size"),
+            xattrs=_NO_XATTRS,
+        )  # fmt: skip
+        if kind not in b"05\0" or not ahead.empty:
+            body = self._describe(member, kind, block, body)
+        after = self._body(member, body)
+        if not ahead.empty:
+            ahead.forget()
+        return member, after
+
+    def _owner(self, fields: bytes) -> tuple[int, int, int]:
+        """Mode, uid and gid, remembered."""
+        uid, gid = _number(fields[8:16], "uid"), _number(fields[16:24], "gid")
+        owner = _number(fields[:8], "mode") & 0o7777, uid, gid
+        _keep(self._owners)[fields] = owner
+        return owner
+
+    def _time(self, text: bytes) -> int:
+        value = _number(text, "mtime", signed=True) * _NANO
+        _keep(self._times)[text] = value
+        return value
+
+    def _describe(self, member: Member, kind: bytes, block: bytes, body: int) -> int:
+        """What only some members have: a link, a device number, extended headers, a sparse map. Where the bytes are."""
+        link = self._ahead.link(block[157:257].partition(b"\0")[0])
+        if kind == b"1":
+            member.link = _path(link, self._limits, "the target of a hard link")
+        elif kind == b"2":
+            if not 0 < len(link) <= self._limits.target_bytes:
+                raise OddError(f"a symbolic link's target of {len(link)} bytes, not 1 to {self._limits.target_bytes}")
+            member.link = _text(link)
+        elif kind in b"34":
+            member.major, member.minor = _number(block[329:337], "major"), _number(block[337:345], "minor")
+            if member.major > _MAJOR_MAX or member.minor > _MINOR_MAX:
+                raise OddError(f"device {member.major}:{member.minor} is out of range")
+        records = self._ahead.records
+        if records:
+            _apply(records, member, self._limits)
+        if kind == b"S" or self._ahead.sparse:
+            return self._map(member, kind, block, body)
+        return body
+
+    def _map(self, member: Member, kind: bytes, block: bytes, body: int) -> int:
+        """Read the map of a sparse member; its size stays what is stored until the body has been found."""
+        if not stat.S_ISREG(member.kind) or (kind == b"S" and self._ahead.sparse):
+            raise OddError("a sparse map where none can be")
+        if kind == b"S":
+            found, body = sparse_map.old(block, body, member.size, self._old_block, _sparse_number, self._limits)
+        else:
+            found = sparse_map.pax(
+                self._ahead.records, self._ahead.listed, body, member.size, self._bytes, self._limits
+            )  # fmt: skip
+        if found.name:
+            member.name = _path(found.name, self._limits)
+        stored, member.size, member.pieces = member.size, found.size, found.pieces
+        if body + stored > self._end:
+            raise OddError(f"its {stored} stored bytes end after the archive does")
+        member.offset = body
+        return body + stored + -stored % BLOCK
+
+    def _old_block(self, at: int) -> bytes:
+        return self._bytes(at, BLOCK)
+
+    def _body(self, member: Member, body: int) -> int:
+        """Check a member's numbers; returns where the next header is."""
+        size = member.size
+        if member.uid > ID_MAX or member.gid > ID_MAX:
+            raise OddError(f"owner {member.uid}:{member.gid} is out of range")
+        if member.pieces is not None:
+            return body  # already behind the bytes
+        if not size:
+            return body
+        if not stat.S_ISREG(member.kind):
+            raise OddError(f"only regular files have bytes, but its size is {size}")
+        if size > self._limits.file_bytes:
+            raise OddError(f"{size} bytes are more than the {self._limits.file_bytes} a file may have")
+        if body + size > self._end:
+            raise OddError(f"its {size} bytes end after the archive does")
+        return body + size + -size % BLOCK
+
+    def _check_end(self, at: int) -> None:
+        """Two zero blocks end an archive (one will do at the very end); what follows is padding, and bounded."""
+        if self._bytes(at + BLOCK, BLOCK).strip(b"\0"):
+            raise OddError("data after a single zero block")
+        if self._end - at > self._limits.trailing_bytes:
+            raise OddError(f"{self._end - at} bytes after the end, more than {self._limits.trailing_bytes}")
 
 
 class _Ahead:
     """What extended headers said of the member that follows them."""
 
-    __slots__ = ("names", "records")
+    __slots__ = ("_extended", "_limits", "_names", "empty", "listed", "records", "sparse")
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._names: dict[bytes, bytes] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, for the next member."""
+        self._names.clear()
         self.records: dict[str, bytes] = {}
-        self.names: dict[bytes, bytes] = {}
+        self.listed: list[tuple[str, bytes]] = []  # records that may stand more than once
+        self.empty = True
+        self.sparse = False
+        self._extended = False
 
-    def take(self, kind: bytes, data: bytes, where: str) -> None:
+    def name(self, otherwise: bytes) -> bytes:
+        return self.records.get("path") or self._names.get(b"L", otherwise)
+
+    def link(self, otherwise: bytes) -> bytes:
+        return self.records.get("linkpath") or self._names.get(b"K", otherwise)
+
+    def take(self, kind: bytes, data: bytes) -> None:
         if kind in b"LK":
-            if kind in self.names:
-                raise InputError(f"tar: two long names for one member {where}")
-            self.names[kind] = data.rstrip(b"\0")
+            if kind in self._names:
+                raise OddError("two long names for one member")
+            self._names[kind] = data.rstrip(b"\0")
+        elif kind == b"g":
+            self._take_global(data)
             return
-        records = _pax_records(data, where)
-        if kind == b"g":
-            if set(records) - {"comment"}:
-                raise InputError(f"tar: a global header sets {quote(min(set(records) - {'comment'}))} {where}")
-        elif self.records:
-            raise InputError(f"tar: two extended headers for one member {where}")
+        elif self._extended:
+            raise OddError("two extended headers for one member")
         else:
-            self.records = records
+            self._extended = True
+            self.records, self.listed = _pax_records(data, self._limits)
+            self.sparse = sparse_map.PREFIX.encode() in data and _is_sparse(self.records, self.listed)
+        self.empty = False
+
+    def _take_global(self, data: bytes) -> None:
+        records, listed = _pax_records(data, self._limits)
+        keys = {*records, *(key for key, _ in listed)} - {"comment"}
+        if keys:
+            raise OddError(f"a global header sets {quote(min(keys))}; only a comment may be global")
 
 
-@dataclass(slots=True, kw_only=True)
-class _Header:
-    name: bytes
-    kind: bytes
-    mode: int
-    uid: int
-    gid: int
-    size: int
-    mtime: int
-    link: bytes
-    major: bytes
-    minor: bytes
+def _name(block: bytes) -> bytes:
+    """The name that a header itself has."""
+    name = block[:100].partition(b"\0")[0]
+    # In GNU's own format (magic "ustar " and a space) the prefix field holds times, not a name.
+    if block[345:346] not in b"\0" and block[257:263] == b"ustar\0":
+        return block[345:500].partition(b"\0")[0] + b"/" + name
+    return name
 
 
-def _parse(block: bytes, where: str) -> _Header:
-    (name, mode, uid, gid, size, mtime, checksum, kind, link, magic, _version, _uname, _gname, major, minor, prefix) = (
-        _HEADER.unpack(block)
-    )
-    said = _number(checksum, "checksum", where)
-    unsigned = sum(block) - sum(checksum) + 8 * 32
+def _check_sum(block: bytes) -> None:
+    text = block[148:156]
+    said = _number(text, "checksum")
+    # Adler-32's low half is one more than the sum of the bytes, and 256 bytes cannot make it wrap (255 * 256 < 65520).
+    total = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
+    unsigned = total - sum(text) + 8 * 32
     # Some old writers added the bytes up as signed ones.
     if said != unsigned and said != unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:]):
-        raise InputError(f"tar: wrong header checksum {where}")
-    name = name.partition(b"\0")[0]
-    # In GNU's own format (magic "ustar " and a space) the prefix field holds times, not a name.
-    if magic == b"ustar\0" and prefix[0]:
-        name = prefix.partition(b"\0")[0] + b"/" + name
-    return _Header(
-        name=name, kind=kind, mode=_number(mode, "mode", where), uid=_number(uid, "uid", where),
-        gid=_number(gid, "gid", where), size=_number(size, "size", where),
-        mtime=_number(mtime, "mtime", where, signed=True), link=link.partition(b"\0")[0], major=major, minor=minor,
-    )  # fmt: skip
+        raise OddError("wrong header checksum")
 
 
-def _number(text: bytes, what: str, where: str, *, signed: bool = False) -> int:
+def _is_sparse(records: Mapping[str, bytes], listed: list[tuple[str, bytes]]) -> bool:
+    return bool(listed) or any(key.startswith(sparse_map.PREFIX) for key in records)
+
+
+def _number(text: bytes, what: str, *, signed: bool = False) -> int:
     """An octal field, or GNU's base 256 when its first bit is set."""
-    if text[0] & 0x80:
-        value = int.from_bytes(text, "big")
-        bits = 8 * len(text)
-        value -= 1 << (bits - 1)  # the marking bit
-        if value >> (bits - 2):
-            value -= 1 << (bits - 1)  # the sign
-        if (value < 0 and not signed) or value > SIZE_MAX or value < -SIZE_MAX:
-            raise InputError(f"tar: {what} out of range {where}")
-        return value
     digits = text.strip(b" \0")
+    if digits.isdigit():
+        try:
+            return int(digits, 8)
+        except ValueError:  # 8 or 9
+            raise OddError(f"{what} {_shown(digits)} is not octal") from None
     if not digits:
         return 0
-    # int() would also take signs and underscores.
-    if not digits.isdigit() or b"8" in digits or b"9" in digits:
-        raise InputError(f"tar: {what} {quote(digits.decode('latin-1'))} is not octal {where}")
-    return int(digits, 8)
+    if not text[0] & 0x80:
+        raise OddError(f"{what} {_shown(digits)} is not octal")
+    value = int.from_bytes(text, "big")
+    bits = 8 * len(text)
+    value -= 1 << (bits - 1)  # the marking bit
+    if value >> (bits - 2):
+        value -= 1 << (bits - 1)  # the sign
+    if (value < 0 and not signed) or value > SIZE_MAX or value < -SIZE_MAX:
+        raise OddError(f"{what} out of range")
+    return value
 
 
-def _pax_records(data: bytes, where: str) -> dict[str, bytes]:
+def _sparse_number(text: bytes) -> int:
+    return _number(text, "a number of the sparse map")
+
+
+def _slashed(kind: bytes) -> bytes:
+    if kind != b"\0":
+        raise OddError("a regular file whose name ends in '/': some tools make it a file, others a directory")
+    return b"5"  # before POSIX, that was how a directory was written
+
+
+def _pax_records(data: bytes, limits: Limits) -> tuple[dict[str, bytes], list[tuple[str, bytes]]]:
     """The records `length key=value newline` of an extended header; every length must be exact."""
     records: dict[str, bytes] = {}
+    listed: list[tuple[str, bytes]] = []
     at = 0
     while at < len(data):
         space = data.find(b" ", at, at + 8)
         digits = data[at:space] if space > 0 else b""
         if not digits.isdigit():
-            raise InputError(f"tar: an extended header record has no length {where}")
+            raise OddError("an extended header record has no length")
         end = at + int(digits)
         record = data[space + 1 : end]
         if end > len(data) or not record.endswith(b"\n") or b"=" not in record:
-            raise InputError(f"tar: an extended header record has a wrong length {where}")
+            raise OddError("an extended header record has a wrong length")
         key, _, value = record[:-1].partition(b"=")
-        name = _text(key, where)
-        if name in records:
-            raise InputError(f"tar: {quote(name)} stands twice in an extended header {where}")
-        records[name] = value
-        if len(records) > PAX_RECORDS:
-            raise InputError(f"tar: more than {PAX_RECORDS} records in an extended header {where}")
+        name = _text(key)
+        if not key:
+            raise OddError("an extended header record without a name")
+        if name in _REPEATED:
+            listed.append((name, value))
+        elif name in records:
+            raise OddError(f"{quote(name)} stands twice in an extended header")
+        else:
+            records[name] = value
+        if len(records) > limits.header_records or len(listed) > 2 * limits.sparse_pieces:
+            raise OddError(f"more than {limits.header_records} records in an extended header")
         at = end
-    return records
+    return records, listed
 
 
-def _member(header: _Header, ahead: _Ahead, body: int, where: str) -> Member:
-    extended = ahead.records
-    link = extended.get("linkpath") or ahead.names.get(b"K", header.link)
-    text = _text(extended.get("path") or ahead.names.get(b"L", header.name), where)
-    here = quote(text)
-    kind = header.kind
-    if kind == b"\0" and text.endswith("/"):
-        kind = b"5"  # before POSIX, that was how a directory was written
-    if kind == b"S" or any(key.startswith("GNU.sparse.") for key in extended):
-        raise InputError(f"{here}: sparse members are not allowed in image layers")
-    if kind not in _TYPES and kind != b"1":
-        raise InputError(f"{here}: unknown tar member type {quote(kind.decode('latin-1'))}")
-    member = Member(
-        name=_path(text, here),
-        kind=_TYPES.get(kind, 0),
-        mode=header.mode & 0o7777,
-        uid=_decimal(extended, "uid", header.uid, here),
-        gid=_decimal(extended, "gid", header.gid, here),
-        mtime_ns=_mtime(extended, header.mtime, here),
-        link=_text(link, where),
-        major=_number(header.major, "device number", where) if kind in b"34" else 0,
-        minor=_number(header.minor, "device number", where) if kind in b"34" else 0,
-        offset=body,
-        size=_decimal(extended, "size", header.size, here),
-        xattrs=_xattrs(extended, here) if extended else {},
-    )
-    if kind == b"1":
-        member.link = _path(member.link, f"{here}: hard link to {quote(member.link)}")
-    return member
-
-
-def _check_member(member: Member, end: int, limits: Limits) -> None:
-    here = quote(member.name)
-    if member.size and not stat.S_ISREG(member.kind):
-        raise InputError(f"{here}: only regular files have bytes, but its size is {member.size}")
-    if member.size > limits.file_bytes:
-        raise InputError(f"{here}: {member.size} bytes are more than the {limits.file_bytes} a file may have")
-    if member.offset + member.size > end:
-        raise InputError(f"{here}: its {member.size} bytes end after the archive does")
-    if not (0 <= member.uid <= ID_MAX and 0 <= member.gid <= ID_MAX):
-        raise InputError(f"{here}: owner {member.uid}:{member.gid} is out of range")
-    if member.major > _MAJOR_MAX or member.minor > _MINOR_MAX:
-        raise InputError(f"{here}: device {member.major}:{member.minor} is out of range")
-    if stat.S_ISLNK(member.kind):
-        size = len(member.link.encode(errors="surrogateescape"))
-        if not 0 < size <= PATH_MAX:
-            raise InputError(f"{here}: a symbolic link's target of {size} bytes")
-
-
-def _path(text: str, here: str) -> str:
+def _path(raw: bytes, limits: Limits, what: str = "a member") -> str:
     """A member's name as an absolute path, checked component by component."""
-    parts = [part for part in text.split("/") if part not in ("", ".")]
-    if not text:
-        raise InputError(f"{here}: a member without a name")
-    for part in parts:
-        if part == "..":
-            raise InputError(f"{here}: '..' in a member's name")
-        if len(part) > NAME_MAX // 4 and len(part.encode(errors="surrogateescape")) > NAME_MAX:
-            raise InputError(f"{here}: a component of more than {NAME_MAX} bytes")
-    path = "/" + "/".join(parts)
-    if len(path) > PATH_MAX // 4 and len(path.encode(errors="surrogateescape")) > PATH_MAX:
-        raise InputError(f"{here}: a path of more than {PATH_MAX} bytes")
-    return path
+    parts = raw.split(b"/")
+    if b".." in parts:
+        raise OddError(f"'..' in the name of {what}")
+    if b"" in parts or b"." in parts:
+        if not raw:
+            raise OddError(f"{what} without a name")
+        parts = [part for part in parts if part not in (b"", b".")]
+    if len(raw) > limits.name_bytes and max(map(len, parts), default=0) > limits.name_bytes:
+        raise OddError(f"a component of more than {limits.name_bytes} bytes in the name of {what}")
+    path = b"/" + b"/".join(parts)
+    if len(path) > limits.path_bytes:
+        raise OddError(f"a path of more than {limits.path_bytes} bytes as the name of {what}")
+    return _text(path)
 
 
-def _decimal(extended: Mapping[str, bytes], key: str, otherwise: int, here: str) -> int:
-    text = extended.get(key)
+def _apply(records: Mapping[str, bytes], member: Member, limits: Limits) -> None:
+    """Let an extended header's records change what the header says; names and links are read already."""
+    mtime = records.get("mtime")
+    if mtime:
+        member.mtime_ns = _pax_time(mtime)
+        if len(records) == 1:  # nothing is more frequent
+            return
+    member.uid = _decimal(records, "uid", member.uid)
+    member.gid = _decimal(records, "gid", member.gid)
+    member.size = _decimal(records, "size", member.size)
+    member.xattrs = _xattrs(records, limits)
+
+
+def _decimal(records: Mapping[str, bytes], key: str, otherwise: int) -> int:
+    text = records.get(key)
     if not text:
         return otherwise
     if not text.isdigit() or len(text) > 19 or int(text) > SIZE_MAX:
-        raise InputError(f"{here}: {key} {quote(text.decode('latin-1'))} in an extended header")
+        raise OddError(f"{key} {_shown(text)} in an extended header is no number from 0 to 2^63 - 1")
     return int(text)
 
 
-def _mtime(extended: Mapping[str, bytes], seconds: int, here: str) -> int:
-    text = extended.get("mtime")
-    if not text:
-        return seconds * 1_000_000_000
-    try:
-        value = Decimal(text.decode("ascii")) if len(text) <= 40 else Decimal("NaN")
-    except (InvalidOperation, UnicodeDecodeError):
-        value = Decimal("NaN")
-    if not value.is_finite() or abs(value) > SIZE_MAX:
-        raise InputError(f"{here}: mtime {quote(text[:40].decode('latin-1'))} in an extended header")
-    return int((value * 1_000_000_000).to_integral_value(rounding="ROUND_FLOOR"))
+def _pax_time(text: bytes) -> int:
+    """Decimal seconds as nanoseconds, rounded down; parts of a nanosecond are dropped."""
+    whole, _, part = text.removeprefix(b"-").partition(b".")
+    if not whole.isdigit() or len(whole) > 19 or len(text) > 64 or not (part + b"0").isdigit() or int(whole) > SIZE_MAX:
+        raise OddError(f"mtime {_shown(text)} in an extended header is no decimal number of seconds")
+    value = int(whole) * _NANO + int(part[:9].ljust(9, b"0"))
+    if not text.startswith(b"-"):
+        return value
+    return -value - bool(part[9:].strip(b"0"))
 
 
-def _xattrs(extended: Mapping[str, bytes], here: str) -> dict[str, bytes]:
+def _xattrs(records: Mapping[str, bytes], limits: Limits) -> Mapping[str, bytes]:
     found = {}
-    for key, value in extended.items():
-        if not key.startswith("SCHILY.xattr."):
+    for key, value in records.items():
+        if not key.startswith(_XATTR):
             continue
-        name = key.removeprefix("SCHILY.xattr.")
-        if "." not in name or len(name.encode(errors="surrogateescape")) > XATTR_NAME_MAX or "\0" in name:
-            raise InputError(f"{here}: extended attribute name {quote(name)}")
-        if len(value) > XATTR_VALUE_MAX:
-            raise InputError(f"{here}: extended attribute {quote(name)} of {len(value)} bytes")
+        name = key.removeprefix(_XATTR)
+        prefix, dot, rest = name.partition(".")
+        if not (prefix and dot and rest) or len(name.encode(errors="surrogateescape")) > XATTR_NAME_MAX:
+            raise OddError(f"extended attribute {quote(name)} is not NAMESPACE.NAME of at most {XATTR_NAME_MAX} bytes")
+        if len(value) > limits.xattr_bytes:
+            raise OddError(f"extended attribute {quote(name)} of {len(value)} bytes, more than {limits.xattr_bytes}")
         found[name] = value
-    return found
+    return found or _NO_XATTRS
 
 
-def _check_end(spool: Backing, at: int, end: int, where: str, limits: Limits) -> None:
-    """Two zero blocks end an archive (one will do at the very end); what follows is padding, and bounded."""
-    if at + BLOCK < end and spool.read(at + BLOCK, BLOCK).strip(b"\0"):
-        raise InputError(f"tar: data after a single zero block {where}")
-    if end - at > limits.trailing_bytes:
-        raise InputError(f"tar: {end - at} bytes after the end of the archive")
+def _keep(memory: dict[bytes, _T]) -> dict[bytes, _T]:
+    if len(memory) >= _KEPT:
+        memory.clear()
+    return memory
 
 
-def _limit(size: int, most: int, where: str) -> None:
-    if size > most:
-        raise InputError(f"tar: an extended header of {size} bytes {where}")
+def _shown(data: bytes) -> str:
+    """Bytes from outside for a message: whole as a name, unless there is a novel of them."""
+    text = quote(data[:256].decode(errors="surrogateescape"))
+    return text if len(data) <= 256 else text + "…"
 
 
-def _text(data: bytes, where: str) -> str:
+def _text(data: bytes) -> str:
     if b"\0" in data:
-        raise InputError(f"tar: a NUL inside a name {where}")
+        raise OddError("a NUL inside a name")
     return data.decode(errors="surrogateescape")

@@ -8,18 +8,25 @@ Two paths that map to the *same* Entry object are hard links of one inode; equal
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
-import os
 import stat
-import tempfile
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Final
 
-from osbuild.errors import HostError, InputError
+from osbuild.content import EMPTY as EMPTY
+from osbuild.content import Backing as Backing
+from osbuild.content import Bytes as Bytes
+from osbuild.content import Content as Content
+from osbuild.content import Slice as Slice
+from osbuild.content import Sparse as Sparse
+from osbuild.content import Spool as Spool
+from osbuild.content import copy_range as copy_range
+from osbuild.content import quote as quote
+from osbuild.content import write_all as write_all
+from osbuild.errors import InputError
 
 PATH_MAX: Final = 4095  # bytes, as the kernel counts them without the NUL
 NAME_MAX: Final = 255  # bytes of one component
@@ -27,127 +34,8 @@ DEPTH_MAX: Final = 2000  # directories above each other
 LINK_HOPS: Final = 40  # symbolic links followed for one path, as in the kernel
 ID_MAX: Final = (1 << 32) - 2  # 2^32-1 means "no id" to chown(2)
 
-_CHUNK: Final = 1 << 20
+_KNOWN_MAX: Final = 512  # ways remembered at a time: archives are in the order of directories, mostly
 _NO_XATTRS: Final[Mapping[str, bytes]] = MappingProxyType({})
-
-
-class Content(Protocol):
-    """The bytes of a regular file, wherever they are."""
-
-    @property
-    def size(self) -> int:
-        """How many bytes."""
-
-    def chunks(self) -> Iterator[bytes]:
-        """All of them, in order, a mebibyte or less at a time."""
-
-    def copy_to(self, descriptor: int, offset: int) -> None:
-        """Write all of them at `offset` of an open file."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bytes:
-    """Content in memory: small things that we add ourselves."""
-
-    data: bytes
-
-    @property
-    def size(self) -> int:
-        return len(self.data)
-
-    def chunks(self) -> Iterator[bytes]:
-        for start in range(0, len(self.data), _CHUNK):
-            yield self.data[start : start + _CHUNK]
-
-    def copy_to(self, descriptor: int, offset: int) -> None:
-        write_all(descriptor, self.data, offset)
-
-
-class Backing(Protocol):
-    """An open file in which contents lie."""
-
-    descriptor: int
-    size: int
-
-    def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes at `offset`, fewer only at the end."""
-
-    def check(self) -> None:
-        """InputError when the file is not what it was when its contents were checked."""
-
-
-class Spool:
-    """An unlinked temporary file that grows at its end and goes away with its last slice."""
-
-    def __init__(self, directory: str | None = None) -> None:
-        self._directory = directory or tempfile.gettempdir()
-        with self._room():
-            handle, path = tempfile.mkstemp(prefix="osbuilder-", dir=self._directory)
-            self.descriptor = handle
-            os.unlink(path)  # noqa: PTH108
-        self.size = 0
-
-    def append(self, data: bytes) -> None:
-        """Add to the end; HostError when the disk is full."""
-        with self._room():
-            write_all(self.descriptor, data, self.size)
-        self.size += len(data)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes at `offset`, fewer only at the end."""
-        parts = []
-        while length > 0:
-            data = os.pread(self.descriptor, length, offset)
-            if not data:
-                break
-            parts.append(data)
-            offset += len(data)
-            length -= len(data)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def take(self, source: int, size: int) -> None:
-        """Add the first bytes of another open file; InputError when it has fewer."""
-        with self._room():
-            copy_range(source, 0, size, self.descriptor, self.size)
-        self.size += size
-
-    def check(self) -> None:
-        """Nobody else can reach an unlinked file."""
-
-    @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as problem:
-            raise HostError(
-                f"cannot keep the image in {quote(self._directory)}: {problem.strerror}",
-                hint="set TMPDIR to a directory with room for the uncompressed layers",
-            ) from problem
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Content that lies in a spool, or in a file of the user's."""
-
-    spool: Backing
-    offset: int
-    size: int
-
-    def chunks(self) -> Iterator[bytes]:
-        end = self.offset + self.size
-        for start in range(self.offset, end, _CHUNK):
-            yield self.spool.read(start, min(_CHUNK, end - start))
-
-    def copy_to(self, descriptor: int, offset: int) -> None:
-        copy_range(self.spool.descriptor, self.offset, self.size, descriptor, offset)
-        self.spool.check()
-
-
-EMPTY: Final[Content] = Bytes(b"")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -208,7 +96,7 @@ class Tree(Mapping[str, Entry]):
     __slots__ = ("_entries",)
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
-        self._entries = dict(sorted(entries.items()))
+        self._entries = {path: entries[path] for path in sorted(entries)}
 
     def __getitem__(self, path: str) -> Entry:
         return self._entries[path]
@@ -254,22 +142,33 @@ class Tree(Mapping[str, Entry]):
         return total.hexdigest()
 
 
-class _Directory:
-    """A directory while it is being put together: its inode, and what lies in it."""
+class _Directory(dict[str, "_Directory | Entry"]):
+    """A directory while it is being put together: what lies in it, and its inode."""
 
-    __slots__ = ("children", "entry")
+    __slots__ = ("entry",)
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
-        self.children: dict[str, _Directory | Entry] = {}
+
+
+class _MissingError(InputError):
+    """A path leads nowhere."""
+
+
+class _LoopError(_MissingError):
+    """A path leads through too many symbolic links."""
 
 
 class Draft:
     """A tree being made or changed. Symbolic links in the middle of a path are followed inside the tree only."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, link_hops: int = LINK_HOPS, depth: int = DEPTH_MAX, steps: int = sys.maxsize) -> None:
         self._root = _Directory(directory())
         self._known: dict[str, _Directory] = {}  # parents found lately, by path as written
+        self._link_hops = link_hops
+        self._depth = depth
+        self._steps = steps  # names that may still be looked up
+        self.room = sys.maxsize  # directories that may still be made because something is to lie in them
 
     def tree(self) -> Tree:
         """What it is now, as a value."""
@@ -277,7 +176,7 @@ class Draft:
         todo = [("", self._root)]
         while todo:
             above, parent = todo.pop()
-            for name, child in parent.children.items():
+            for name, child in parent.items():
                 path = f"{above}/{name}"
                 if isinstance(child, _Directory):
                     entries[path] = child.entry
@@ -286,53 +185,100 @@ class Draft:
                     entries[path] = child
         return Tree(entries)
 
+    def check(self, *, path_bytes: int, total_bytes: int) -> None:
+        """InputError when links have made a path too long, or too deep, or all of them together too much to hold."""
+        total = 0
+        todo = [("/", 0, 0, self._root)]
+        while todo:
+            where, length, depth, parent = todo.pop()
+            if depth > self._depth:
+                raise InputError(f"{quote(where)}: more than {self._depth} directories above each other")
+            total += (length + 1) * len(parent) + sum(map(len, parent))
+            if total > total_bytes:
+                raise InputError(f"{quote(where)}: all paths together have more than {total_bytes} bytes")
+            close = length + 1 + 4 * NAME_MAX > path_bytes
+            for name, child in parent.items():
+                if close and length + 1 + len(name.encode(errors="surrogateescape")) > path_bytes:
+                    raise InputError(f"{quote(name)}: through symbolic links a path of more than {path_bytes} bytes")
+                if isinstance(child, _Directory):
+                    size = len(name) if name.isascii() else len(name.encode(errors="surrogateescape"))
+                    todo.append((name, length + 1 + size, depth + 1, child))
+
     def put(self, path: str, entry: Entry) -> None:
         """Place an inode. A directory over a directory keeps what lies in it; anything else is replaced whole."""
-        if path == "/":
+        above, _, name = path.rpartition("/")
+        self.put_into(above, name, entry)
+
+    def put_into(self, above: str, name: str, entry: Entry) -> None:
+        """The same for a path in two parts; both empty for the root."""
+        if not name:
             if not entry.is_dir:
-                raise InputError(f"{quote(path)}: the root must be a directory")
+                raise InputError("'/': the root must be a directory")
             self._root.entry = entry
             return
-        parent, name = self._parent(path, create=True)
-        here = parent.children.get(name)
+        parent = self._known.get(above)
+        if parent is None:
+            parent = self._parent(above, name, create=True)
+        here = parent.get(name)
         if not entry.is_dir:
             if here is not None:
                 self._forget(here)
-            parent.children[name] = entry
+            parent[name] = entry
         elif isinstance(here, _Directory):
             here.entry = entry
         else:
             if here is not None:
                 self._forget(here)
-            parent.children[name] = _Directory(entry)
+            parent[name] = _Directory(entry)
 
     def link(self, path: str, target: str) -> None:
         """Make `path` another name of the inode at `target`, which must exist and be no directory."""
-        entry = self.get(target)
-        if entry is None:
-            raise InputError(f"{quote(path)}: hard link to {quote(target)}, which does not exist")
-        if entry.is_dir:
-            raise InputError(f"{quote(path)}: hard link to {quote(target)}, which is a directory")
+        here = f"{quote(path)}: hard link to {quote(target)}"
+        place = self._place(target)
+        entry = place[0].get(place[1]) if place else None
+        if target == "/" or isinstance(entry, _Directory):
+            raise InputError(f"{here}, which is a directory")
+        if place is None or entry is None:
+            raise InputError(f"{here}, which does not exist")
+        found = self._place(path)
+        if found is not None and found[0] is place[0] and found[1] == place[1]:
+            raise InputError(f"{here}, which is itself")
         self.put(path, entry)
+        if self.get(target) is not entry:
+            raise InputError(f"{here}, which it replaces")
 
     def remove(self, path: str) -> bool:
         """Take away what is at a path, with everything in it; says whether there was anything."""
-        try:
-            parent, name = self._parent(path, create=False)
-        except InputError:
-            return False
-        here = parent.children.pop(name, None)
-        if here is None:
-            return False
-        self._forget(here)
-        return True
+        place = self._place(path)
+        return place is not None and self._drop(*place)
 
     def clear(self, path: str) -> None:
         """Empty a directory and keep it; nothing happens where there is none."""
         here = self._find(path)
         if isinstance(here, _Directory):
-            here.children.clear()
+            here.clear()
             self._known.clear()
+
+    def hide(self, whiteouts: Iterable[tuple[str, str]], made: Container[str]) -> None:
+        """Take away what stands at each (directory, name); for an empty name, all that lies in the directory.
+
+        Every directory is found before anything goes, so the order says nothing. Directories in `made` are there
+        under this very name: a symbolic link that stands in their place does not lead anywhere.
+        """
+        found: dict[str, _Directory | None] = {}
+        places = []
+        for above, name in whiteouts:
+            if above not in found:
+                found[above] = self._hidden(above, made)
+            parent = found[above]
+            if parent is not None:
+                places.append((parent, name))
+        for parent, name in places:
+            if name:
+                self._drop(parent, name)
+            else:
+                parent.clear()
+        self._known.clear()
 
     def get(self, path: str) -> Entry | None:
         """The inode at a path (a symbolic link itself, not where it leads), or None."""
@@ -345,7 +291,7 @@ class Draft:
         InputError after 40 hops.
         """
         done: list[str] = []
-        todo = [part for part in reversed(path.split("/")) if part not in ("", ".")]
+        todo = _parts(path)
         hops = 0
         here: _Directory | Entry | None = self._root
         while todo:
@@ -355,71 +301,112 @@ class Draft:
                     done.pop()
                 here = self._find("/" + "/".join(done))
                 continue
-            child = here.children.get(part) if isinstance(here, _Directory) else None
+            child = here.get(part) if isinstance(here, _Directory) else None
             if isinstance(child, Entry) and child.is_symlink:
                 hops += 1
-                if hops > LINK_HOPS:
-                    raise InputError(f"{quote(path)}: more than {LINK_HOPS} symbolic links on the way")
+                self._check_hops(hops, path)
                 if child.target.startswith("/"):
                     done, here = [], self._root
-                todo.extend(p for p in reversed(child.target.split("/")) if p not in ("", "."))
+                todo.extend(_parts(child.target))
                 continue
             done.append(part)
             here = child
         return "/" + "/".join(done)
 
+    def _place(self, path: str) -> tuple[_Directory, str] | None:
+        """The directory that a path's last name is looked up in, and that name."""
+        above, _, name = path.rpartition("/")
+        try:
+            return self._parent(above, name, create=False), name
+        except _MissingError:
+            return None
+
     def _find(self, path: str) -> _Directory | Entry | None:
         if path == "/":
             return self._root
-        try:
-            parent, name = self._parent(path, create=False)
-        except InputError:
-            return None
-        return parent.children.get(name)
+        place = self._place(path)
+        return place[0].get(place[1]) if place else None
 
-    def _parent(self, path: str, *, create: bool) -> tuple[_Directory, str]:
-        above, _, name = path.rpartition("/")
+    def _hidden(self, above: str, made: Container[str]) -> _Directory | None:
+        try:
+            return self._walk(above, "", create=False, made=made)
+        except _LoopError:
+            raise
+        except _MissingError:
+            return None
+
+    def _drop(self, parent: _Directory, name: str) -> bool:
+        here = parent.pop(name, None)
+        if here is None:
+            return False
+        self._forget(here)
+        return True
+
+    def _parent(self, above: str, name: str, *, create: bool) -> _Directory:
+        """The directory that `above` leads to, remembered; `name` is for messages."""
         found = self._known.get(above)
         if found is None:
-            found = self._walk(above, path, create=create)
+            found = self._walk(above, name, create=create)
+            if len(self._known) >= _KNOWN_MAX:
+                self._known.clear()
             self._known[above] = found
-        return found, name
+        return found
 
-    def _walk(self, above: str, path: str, *, create: bool) -> _Directory:
-        """The directory that `above` leads to, made on the way when `create`."""
-        here = self._root
-        trail = [here]
-        todo = [part for part in reversed(above.split("/")) if part not in ("", ".")]
+    def _walk(self, above: str, name: str, *, create: bool, made: Container[str] = ()) -> _Directory:
+        """The directory that `above` leads to, made on the way when `create`; see `hide` for `made`."""
+        path = f"{above}/{name}"
+        trail = [self._root]
+        todo = _parts(above)
+        written = len(todo)  # of the names still to come, those that the path itself has
+        parts = todo[::-1]
         hops = 0
+        self._step(written, path)
         while todo:
             part = todo.pop()
+            own = len(todo) < written
+            written = min(written, len(todo))
             if part == "..":  # only from a link's target: names in layers have none
                 if len(trail) > 1:
                     trail.pop()
-                here = trail[-1]
                 continue
-            child = here.children.get(part)
-            if isinstance(child, _Directory):
-                here = child
-                trail.append(here)
-            elif child is None:
+            here = trail[-1]
+            child = here.get(part)
+            if child is None:
                 if not create:
-                    raise InputError(f"{quote(path)}: no such directory")
-                here = here.children.setdefault(part, _Directory(directory()))  # type: ignore[assignment]
-                trail.append(here)
-            elif child.is_symlink:
-                hops += 1
-                if hops > LINK_HOPS:
-                    raise InputError(f"{quote(path)}: more than {LINK_HOPS} symbolic links on the way")
-                if child.target.startswith("/"):
-                    here = self._root
-                    trail = [here]
-                todo.extend(p for p in reversed(child.target.split("/")) if p not in ("", "."))
-            else:
-                raise InputError(f"{quote(path)}: {quote(part)} on the way is not a directory")
-            if len(trail) > DEPTH_MAX:
-                raise InputError(f"{quote(path)}: more than {DEPTH_MAX} directories deep")
-        return here
+                    raise _MissingError(f"{quote(path)}: no such directory")
+                child = here[part] = self._new_directory(path)
+            if isinstance(child, _Directory):
+                trail.append(child)
+                if len(trail) > self._depth + 1:
+                    raise InputError(f"{quote(path)}: more than {self._depth} directories above each other")
+                continue
+            if not child.is_symlink:
+                raise _MissingError(f"{quote(path)}: {quote(part)} on the way is not a directory")
+            if own and "/" + "/".join(parts[: len(parts) - written]) in made:
+                raise _MissingError(f"{quote(path)}: {quote(part)} is a new directory")
+            hops += 1
+            self._check_hops(hops, path)
+            if child.target.startswith("/"):
+                trail = [self._root]
+            more = _parts(child.target)
+            self._step(len(more), path)
+            todo.extend(more)
+        return trail[-1]
+
+    def _new_directory(self, path: str) -> _Directory:
+        self.room -= 1
+        if self.room < 0:
+            raise InputError(f"{quote(path)}: too many directories that no entry of their own describes")
+        return _Directory(directory())
+
+    def _step(self, count: int, path: str) -> None:
+        self._steps -= count
+        if self._steps < 0:
+            raise InputError(f"{quote(path)}: the ways to all entries are too long to follow")
+
+    def _check_hops(self, hops: int, path: str) -> None:
+        if hops > self._link_hops:
+            raise _LoopError(f"{quote(path)}: more than {self._link_hops} symbolic links on the way")
 
     def _forget(self, gone: _Directory | Entry) -> None:
         # Only a directory or a symbolic link can have been part of a remembered way.
@@ -427,33 +414,6 @@ class Draft:
             self._known.clear()
 
 
-def copy_range(source: int, start: int, size: int, target: int, offset: int) -> None:
-    """Copy bytes between two open files inside the kernel, or through memory where their file systems cannot."""
-    while size > 0:
-        try:
-            done = os.copy_file_range(source, target, size, start, offset)
-        except OSError as problem:
-            if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-                raise
-            done = 0
-        if done == 0:
-            data = os.pread(source, min(_CHUNK, size), start)
-            if not data:
-                raise InputError(f"a file became shorter while it was read: {size} bytes are missing")
-            write_all(target, data, offset)
-            done = len(data)
-        start, offset, size = start + done, offset + done, size - done
-
-
-def write_all(descriptor: int, data: bytes, offset: int) -> None:
-    """pwrite(2) until everything is written."""
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(descriptor, view, offset)
-        view = view[done:]
-        offset += done
-
-
-def quote(name: str) -> str:
-    """A name that came from outside, on one line and harmless in a terminal."""
-    return ascii(name)
+def _parts(path: str) -> list[str]:
+    """The names in a path, the last one first."""
+    return [part for part in reversed(path.split("/")) if part not in ("", ".")]

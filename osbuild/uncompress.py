@@ -8,9 +8,10 @@ from typing import Final
 
 from osbuild import zstd
 from osbuild.errors import InputError
+from osbuild.limits import Limits
 
 CHUNK: Final = 1 << 20
-RATIO_MAX: Final = 1100  # deflate cannot do better than 1032:1; more is a lie of some other kind
+_SLICE: Final = 1 << 14  # taken at a time: what follows a stream's end is copied, and streams can be very short
 _RATIO_FLOOR: Final = 64 << 20  # below this many bytes nobody minds
 
 
@@ -21,37 +22,62 @@ def sniff(head: bytes) -> str:
     return "zstd" if head.startswith(b"\x28\xb5\x2f\xfd") else "none"
 
 
-def uncompressed(chunks: Iterable[bytes], compression: str, where: str) -> Iterator[bytes]:
-    """The stream's bytes in pieces of bounded size; InputError for damage, a cut, or an absurd ratio."""
-    if compression == "none":
-        yield from chunks
-    elif compression == "gzip":
-        yield from _bounded(_gunzip(chunks, where), where)
-    else:
-        yield from _bounded(_unzstd(chunks, where), where)
-
-
-def _bounded(pairs: Iterator[tuple[int, bytes]], where: str) -> Iterator[bytes]:
+def uncompressed(
+    chunks: Iterable[bytes], compression: str, where: str, limits: Limits | None = None
+) -> Iterator[bytes]:
+    """The stream's bytes in pieces of bounded size; InputError for damage, a cut, an absurd ratio, or too many."""
+    limits = limits or Limits()
     total = 0
-    for taken, data in pairs:
+    for taken, data in _pairs(chunks, compression, where, limits):
         total += len(data)
-        if total > _RATIO_FLOOR and total > RATIO_MAX * taken:
-            raise InputError(f"{where}: {taken} compressed bytes become more than {total}: a decompression bomb")
+        if total > limits.image_bytes:
+            raise InputError(f"{where}: more than {limits.image_bytes} bytes when uncompressed")
+        if compression != "none" and total > _RATIO_FLOOR and total > limits.ratio * taken:
+            raise InputError(
+                f"{where}: {taken} compressed bytes become more than {total}: a decompression bomb",
+                hint=f"more than {limits.ratio} times is refused; --limit ratio=… allows more",
+            )
         yield data
 
 
-def _gunzip(chunks: Iterable[bytes], where: str) -> Iterator[tuple[int, bytes]]:
-    """(compressed bytes taken so far, a piece of the content); several gzip members are one stream (RFC 1952)."""
+def _pairs(chunks: Iterable[bytes], compression: str, where: str, limits: Limits) -> Iterator[tuple[int, bytes]]:
+    """(compressed bytes taken so far, a piece of the content)."""
+    if compression == "none":
+        return _counted(chunks)
+    if compression == "gzip":
+        return _gunzip(_sliced(chunks), where, limits)
+    return _unzstd(_sliced(chunks), where, limits)
+
+
+def _counted(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     taken = 0
+    for data in chunks:
+        taken += len(data)
+        yield taken, data
+
+
+def _sliced(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    for chunk in chunks:
+        for start in range(0, len(chunk), _SLICE):
+            yield chunk[start : start + _SLICE]
+
+
+def _gunzip(chunks: Iterable[bytes], where: str, limits: Limits) -> Iterator[tuple[int, bytes]]:
+    """Several gzip members are one stream (RFC 1952); zeros may follow the last one, as gzip(1) allows."""
+    taken, members = 0, 1
     member = zlib.decompressobj(wbits=31)
+    padding = False
     try:
-        for chunk in chunks:
-            taken += len(chunk)
-            data = chunk
+        for data in chunks:
+            taken += len(data)
             while data:
                 if member.eof:
-                    if not data.strip(b"\0"):  # padding
+                    padding = padding or data[0] == 0
+                    if padding:
+                        _check_padding(data, where)
                         break
+                    members += 1
+                    _check_parts(members, where, limits)
                     member = zlib.decompressobj(wbits=31)
                 yield taken, member.decompress(data, CHUNK)
                 data = member.unused_data if member.eof else member.unconsumed_tail
@@ -61,27 +87,41 @@ def _gunzip(chunks: Iterable[bytes], where: str) -> Iterator[tuple[int, bytes]]:
                 break
             yield taken, data
     except zlib.error as problem:
-        raise InputError(f"{where}: damaged gzip data: {problem}") from None
+        what = "what follows a gzip stream is none" if members > 1 else "damaged gzip data"
+        raise InputError(f"{where}: {what}: {problem}") from None
     if not member.eof:
         raise InputError(f"{where}: gzip data is cut off")
 
 
-def _unzstd(chunks: Iterable[bytes], where: str) -> Iterator[tuple[int, bytes]]:
-    """The same for zstd: several frames are one stream (RFC 8878)."""
-    taken = 0
-    frame = zstd.decompressor()
+def _check_padding(data: bytes, where: str) -> None:
+    if data.strip(b"\0"):
+        raise InputError(f"{where}: bytes after the end of gzip data")
+
+
+def _check_parts(count: int, where: str, limits: Limits) -> None:
+    # Lazily pulled images (eStargz) have a member for each file; more than that is a way to waste our time.
+    if count > limits.entries:
+        raise InputError(f"{where}: more than {limits.entries} compressed streams one after another")
+
+
+def _unzstd(chunks: Iterable[bytes], where: str, limits: Limits) -> Iterator[tuple[int, bytes]]:
+    """The same for zstd: several frames, some of which are to be skipped, are one stream (RFC 8878)."""
+    taken, frames = 0, 1
+    frame = zstd.decompressor(limits.zstd_window_log)
     try:
-        for chunk in chunks:
-            taken += len(chunk)
-            data = chunk
+        for data in chunks:
+            taken += len(data)
             while data or not (frame.eof or frame.needs_input):
                 if frame.eof:
-                    frame = zstd.decompressor()
+                    frames += 1
+                    _check_parts(frames, where, limits)
+                    frame = zstd.decompressor(limits.zstd_window_log)
                 yield taken, frame.decompress(data, CHUNK)
                 data = frame.unused_data if frame.eof else b""
                 if frame.eof and not data:
                     break
     except zstd.ZstdError as problem:
-        raise InputError(f"{where}: damaged zstd data: {problem}") from None
+        what = "what follows a zstd frame is none" if frames > 1 else "damaged zstd data"
+        raise InputError(f"{where}: {what}: {problem}") from None
     if not frame.eof:
         raise InputError(f"{where}: zstd data is cut off")

@@ -15,9 +15,9 @@ ZstdError: Final[type[Exception]] = _zstd.ZstdError
 VERSION: Final[str] = _zstd.zstd_version
 
 
-def decompressor() -> Any:
-    """One frame's decompressor that refuses windows of more than 128 MiB."""
-    return _zstd.ZstdDecompressor(options={_zstd.DecompressionParameter.window_log_max: WINDOW_LOG_MAX})
+def decompressor(window_log: int = WINDOW_LOG_MAX) -> Any:
+    """One frame's decompressor that refuses windows of more than 2^27 bytes, 128 MiB, or as many as are wished."""
+    return _zstd.ZstdDecompressor(options={_zstd.DecompressionParameter.window_log_max: window_log})
 
 
 def compressor(level: int) -> Any:

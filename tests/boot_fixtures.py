@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 
-from osbuild.agent import install_agent
+from osbuild.agent import INIT, install_init, read_agent
 from osbuild.arch import X86_64
 from osbuild.artifacts import DiskImage, File, Initrd, Kernel, Rootfs
 from osbuild.filesystem import ext4
@@ -54,7 +54,10 @@ def boot_kernel(kernel: Kernel) -> Kernel:
 @pytest.fixture(scope="session")
 def boot_rootfs(agent: File) -> Rootfs:
     """Nothing but the agent."""
-    return install_agent(Rootfs(tree=_skeleton().tree(), init="", epoch=0), agent)
+    draft = _skeleton()
+    found = read_agent(agent)
+    install_init(draft, found, now=0)
+    return Rootfs(tree=draft.tree(), init=INIT, epoch=0, agent=str(found), agent_sha256=found.sha256)
 
 
 @pytest.fixture(scope="session")

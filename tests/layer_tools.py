@@ -122,3 +122,61 @@ def write_layout(
     index_path.write_text(json.dumps(index))
     (root / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
     return manifest
+
+
+def pax(records: dict[str, bytes], kind: bytes = b"x") -> bytes:
+    """An extended header, for the member that is put after it."""
+    body = b"".join(pax_record(key, value) for key, value in records.items())
+    return header(name=b"pax", kind=kind, size=b"%011o\0" % len(body)) + body + bytes(-len(body) % 512)
+
+
+def pax_record(key: str, value: bytes) -> bytes:
+    record = b" " + key.encode() + b"=" + value + b"\n"
+    size = len(record) + len(str(len(record)))
+    size = len(record) + len(str(size))
+    return str(size).encode() + record
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+def old_sparse(pieces: list[tuple[int, int]], real: int, *, stored: int | None = None, name: bytes = b"s") -> bytes:
+    """A header of GNU's old sparse format and its extensions; the stored bytes come after it."""
+    table = [b"%011o\0%011o\0" % piece for piece in pieces]
+    more = [table[at : at + 21] for at in range(4, len(table), 21)]
+    size = sum(length for _, length in pieces) if stored is None else stored
+    tail = b"".join(table[:4]).ljust(96, b"\0") + bytes([bool(more)]) + b"%011o\0" % real
+    block = header(name=name, kind=b"S", magic=b"ustar ", version=b" \0", size=b"%011o\0" % size)
+    block = block[:386] + tail + block[386 + len(tail) :]
+    block = block[:148] + b"%06o\0 " % (sum(block[:148]) + sum(block[156:]) + 256) + block[156:]
+    for index, part in enumerate(more):
+        block += (b"".join(part).ljust(504, b"\0") + bytes([index + 1 < len(more)])).ljust(512, b"\0")
+    return block
+
+
+def sparse_archive() -> bytes:
+    """A file of every kind of sparse member: 512 bytes at 1024, 100 at 4096, 8192 in all."""
+    data = padded(b"a" * 512 + b"b" * 100)
+    stored = header(name=b"made/up", size=b"%011o\0" % 612)
+    lines = padded(b"2\n1024\n512\n4096\n100\n")
+    repeated = b"".join(
+        pax_record(f"GNU.sparse.{key}", value)
+        for key, value in (
+            ("size", b"8192"), ("numblocks", b"2"), ("offset", b"1024"), ("numbytes", b"512"), ("offset", b"4096"),
+            ("numbytes", b"100"),
+        )
+    )  # fmt: skip
+    return b"".join(
+        [
+            old_sparse([(1024, 512), (4096, 100)], 8192), data,
+            header(name=b"pax", kind=b"x", size=b"%011o\0" % len(repeated)) + padded(repeated),
+            header(name=b"s00", size=b"%011o\0" % 612), data,
+            pax({"GNU.sparse.size": b"8192", "GNU.sparse.map": b"1024,512,4096,100", "GNU.sparse.name": b"s01"}),
+            stored, data,
+            pax({"GNU.sparse.major": b"1", "GNU.sparse.minor": b"0", "GNU.sparse.realsize": b"8192",
+                 "GNU.sparse.name": b"s10"}),
+            header(name=b"made/up", size=b"%011o\0" % (612 + len(lines))), lines + data,
+            bytes(1024),
+        ]
+    )  # fmt: skip

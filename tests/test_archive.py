@@ -76,6 +76,13 @@ def test_a_damaged_record_is_made_again(saved: Path, settled: None, tmp_path: Pa
     assert opened(f"docker-archive:{saved}", cache=cache).tree.digest() == first.tree.digest()
 
 
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(saved: Path, settled: None, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("no directory")
+    with pytest.raises(NotADirectoryError):
+        (tmp_path / "cache/v1").mkdir()
+    assert opened(f"docker-archive:{saved}", cache=Cache(root=tmp_path / "cache")).tree.digest()
+
+
 def test_other_limits_are_another_record(saved: Path, settled: None, tmp_path: Path) -> None:
     from osbuild.tar import Limits
 

@@ -23,6 +23,15 @@ def test_standard_error_can_be_kept_out() -> None:
     assert command.run("sh", "-c", "echo out; echo err >&2", merge=False).output == "out\n"
 
 
+def test_a_program_reads_what_it_is_given_even_if_it_writes_first() -> None:
+    given = b"x" * (1 << 20)
+    assert command.run("sh", "-c", "seq 100000; wc -c", stdin=given).output.splitlines()[-1] == str(len(given))
+
+
+def test_a_program_that_is_given_nothing_reads_nothing() -> None:
+    assert command.run("wc", "-c").output == "0\n"
+
+
 def test_a_failure_says_how_it_ended_and_shows_the_end_of_the_output() -> None:
     with pytest.raises(CommandError, match="sh exited with 3") as caught:
         command.run("sh", "-c", "echo because; exit 3")

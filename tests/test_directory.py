@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from osbuild.errors import HostError, InputError
-from osbuild.sources import directory
+from osbuild.tree import Spool
 from tests.layer_tools import opened
 
 ROOT = os.geteuid() == 0
@@ -106,14 +106,14 @@ def test_what_may_not_be_read_is_the_hosts_fault(root: Path) -> None:
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    take = directory.Spool.take
+    take = Spool.take
 
-    def take_and_grow(self: directory.Spool, source: int, size: int) -> None:
+    def take_and_grow(self: Spool, source: int, size: int) -> None:
         take(self, source, size)
         with (root / "etc/passwd").open("a") as file:
             file.write("more")
 
-    monkeypatch.setattr(directory.Spool, "take", take_and_grow)
+    monkeypatch.setattr(Spool, "take", take_and_grow)
     with pytest.raises(InputError, match="changed while it was read"):
         opened(f"dir:{root}")
 

@@ -13,7 +13,7 @@ from osbuild.oci import Reference, parse_reference
 from osbuild.sources import SOURCES
 
 DIGEST = "sha256:" + "a" * 64
-WORDS = frozenset(SOURCES)
+WORDS = frozenset(SOURCES) | {"docker"}
 
 
 @pytest.mark.parametrize(
@@ -21,9 +21,13 @@ WORDS = frozenset(SOURCES)
     [
         ("docker-daemon:debian:12", Reference(transport="docker-daemon", name="debian", tag="12")),
         ("docker-daemon:debian", Reference(transport="docker-daemon", name="debian", tag="latest")),
-        ("debian", Reference(transport="docker-daemon", name="debian", tag="latest")),
-        ("reg.io:5000/a/b:1", Reference(transport="docker-daemon", name="reg.io:5000/a/b", tag="1")),
-        (f"a@{DIGEST}", Reference(transport="docker-daemon", name="a", digest=DIGEST)),
+        ("docker://debian", Reference(transport="docker", name="debian", tag="latest")),
+        ("docker://[::1]:5000/a:1", Reference(transport="docker", name="[::1]:5000/a", tag="1")),
+        (f"docker://h.io/a/b:1@{DIGEST}", Reference(transport="docker", name="h.io/a/b", tag="1", digest=DIGEST)),
+        ("debian", Reference(transport="", name="debian", tag="latest")),
+        ("docker:27-dind", Reference(transport="", name="docker", tag="27-dind")),
+        ("reg.io:5000/a/b:1", Reference(transport="", name="reg.io:5000/a/b", tag="1")),
+        (f"a@{DIGEST}", Reference(transport="", name="a", digest=DIGEST)),
         ("oci:dir", Reference(transport="oci", name="dir")),
         ("oci:/a/dir:tag", Reference(transport="oci", name="/a/dir", tag="tag")),
         ("oci:/a:b/dir", Reference(transport="oci", name="/a:b/dir")),
@@ -36,11 +40,61 @@ def test_the_words_of_skopeo_are_understood(text: str, reference: Reference) -> 
 
 @pytest.mark.parametrize(
     "text",
-    ["", " a", "oci:", "A/B", "a:b:c", "a:-x", "http://a/b", "nope:/x", "/a/path", "./dir", "a\0b", "a@sha256:zz", "-"],
+    [
+        "",
+        " a",
+        "oci:",
+        "A/B",
+        "a:b:c",
+        "a:-x",
+        "http://a/b",
+        "nope:/x",
+        "/a/path",
+        "./dir",
+        "a\0b",
+        "a@sha256:zz",
+        "-",
+        "docker://",
+        "docker:/a",
+        "docker:",
+        "docker:///a",
+        "docker://../a",
+        "docker://-h.io/a",
+        "docker://h.io:x/a",
+        "docker://h.io/",
+        "docker://u:p@h.io/a",
+        "docker://h.io/a?b",
+        "docker://[::1/a",
+        "docker://h.io/a/../b",
+    ],
 )
 def test_what_names_no_image_is_refused(text: str) -> None:
     with pytest.raises((SpecError, InputError)):
         parse_reference(text, WORDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "registry", "repository"),
+    [
+        ("debian", "docker.io", "library/debian"),
+        ("me/debian", "docker.io", "me/debian"),
+        ("docker.io/debian", "docker.io", "library/debian"),
+        ("index.docker.io/me/x", "docker.io", "me/x"),
+        ("registry-1.docker.io/debian", "docker.io", "library/debian"),
+        ("quay.io/debian", "quay.io", "debian"),
+        ("localhost/debian", "localhost", "debian"),
+        ("localhost:5000/a/b", "localhost:5000", "a/b"),
+        ("[::1]:5000/a/b", "[::1]:5000", "a/b"),
+        ("host/a/b", "docker.io", "host/a/b"),
+    ],
+)
+def test_a_name_without_a_registry_is_docker_hubs(name: str, registry: str, repository: str) -> None:
+    assert oci.registry_of(name) == (registry, repository)
+
+
+@pytest.mark.parametrize("text", ["docker://h.io/a:1", "docker-daemon:a:1", "a:1", f"docker://a@{DIGEST}", "oci:d:t"])
+def test_a_reference_is_written_as_it_was_read(text: str) -> None:
+    assert str(parse_reference(text, WORDS)) == text
 
 
 def test_a_path_without_a_transport_gets_a_hint() -> None:

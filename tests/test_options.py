@@ -21,6 +21,14 @@ no-smoke = true
 fs = "ext4"
 compress = "gzip"
 
+[recipe]
+recipe = "debian"
+base = "debian:bookworm"
+release = "bookworm"
+package = ["socat"]
+package-mirror = "http://mirror.example/debian"
+fresh = true
+
 [rootfs]
 init = "systemd"
 slim = true
@@ -55,8 +63,10 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def test_a_file_can_say_every_word_there_is(tmp_path: Path) -> None:
-    words = read_config(written(tmp_path, EVERY))
+    words = dict(read_config(written(tmp_path, EVERY)))
     assert set(words) == {option.name for option in options.OPTIONS} | {"image"}
+    del words["recipe"]  # it and an image exclude each other
+    assert options.recipe_words(words)["packages"] == ("socat",)
     spec = build_spec(image_of("", words), tmp_path / "out", words)
     assert (spec.image, spec.kinds, spec.smoke, spec.compress) == ("oci:layout", ("image",), False, "gzip")
     assert (spec.features, spec.kernel_source) == (("xfs",), tmp_path / "linux.tar.xz")
@@ -77,7 +87,9 @@ def test_the_command_line_wins_and_lists_add_up(tmp_path: Path) -> None:
     assert words["compress"] == "none"
     assert words["memory"] == 1024
     assert words["remove"] == ["/usr/share/doc", "/var/cache"]
-    assert image_of("dir:x", words) == "dir:x"
+    assert image_of("dir:x", {"image": "oci:y"}) == "dir:x"
+    with pytest.raises(SpecError, match="both an image"):
+        image_of("dir:x", words)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ A plain archive is read where it lies. What it came to is kept, and used again f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -16,7 +17,7 @@ from typing import Final
 
 from osbuild import oci, tree_index
 from osbuild.borrowed import Borrowed
-from osbuild.errors import InputError
+from osbuild.errors import HostError, InputError
 from osbuild.layers import Layer
 from osbuild.output import write_whole
 from osbuild.sources.image import SourceImage, Want, add_layer, checked_layer, finished, match_layers
@@ -68,7 +69,9 @@ def _kept(archive: Borrowed, where: str, want: Want) -> SourceImage:
     """The image as it was read last time if the file is the same one; else read now, and kept if that is safe."""
     about = json.dumps([_KEPT, archive.mark, repr(want.limits)])
     key = hashlib.sha256(about.encode()).hexdigest()
-    found = want.cache.have("tree", key)
+    found = None
+    with contextlib.suppress(HostError):
+        found = want.cache.have("tree", key)
     if found is not None:
         config_bytes = (found / "config.json").read_bytes()
         tree = tree_index.load((found / "tree.json").read_bytes(), archive)
@@ -84,7 +87,8 @@ def _kept(archive: Borrowed, where: str, want: Want) -> SourceImage:
             write_whole(out / "config.json", config_bytes)
             write_whole(out / "tree.json", index)
 
-        want.cache.get("tree", key, make)
+        with contextlib.suppress(HostError, OSError):  # a full or read-only cache costs time, and nothing else
+            want.cache.get("tree", key, make)
     return image
 
 

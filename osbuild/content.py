@@ -1,0 +1,190 @@
+"""The bytes of files, wherever they are: in memory, in a slice of a file, or in pieces with holes between them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from osbuild.errors import HostError, InputError
+
+_CHUNK: Final = 1 << 20
+_ZEROS: Final = bytes(_CHUNK)
+
+
+class Content(Protocol):
+    """The bytes of a regular file, wherever they are."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes."""
+
+    def chunks(self) -> Iterator[bytes]:
+        """All of them, in order, a mebibyte or less at a time."""
+
+    def copy_to(self, descriptor: int, offset: int) -> None:
+        """Write all of them at `offset` of an open file that reads as zeros there: holes may stay holes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Content in memory: small things that we add ourselves."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def chunks(self) -> Iterator[bytes]:
+        for start in range(0, len(self.data), _CHUNK):
+            yield self.data[start : start + _CHUNK]
+
+    def copy_to(self, descriptor: int, offset: int) -> None:
+        write_all(descriptor, self.data, offset)
+
+
+class Backing(Protocol):
+    """An open file in which contents lie."""
+
+    descriptor: int
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset`, fewer only at the end."""
+
+    def check(self) -> None:
+        """InputError when the file is not what it was when its contents were checked."""
+
+
+class Spool:
+    """An unlinked temporary file that grows at its end and goes away with its last slice."""
+
+    def __init__(self, directory: str | None = None) -> None:
+        self._directory = directory or tempfile.gettempdir()
+        with self._room():
+            handle, path = tempfile.mkstemp(prefix="osbuilder-", dir=self._directory)
+            self.descriptor = handle
+            os.unlink(path)  # noqa: PTH108
+        self.size = 0
+
+    def append(self, data: bytes) -> None:
+        """Add to the end; HostError when the disk is full."""
+        with self._room():
+            write_all(self.descriptor, data, self.size)
+        self.size += len(data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset`, fewer only at the end."""
+        parts = []
+        while length > 0:
+            data = os.pread(self.descriptor, length, offset)
+            if not data:
+                break
+            parts.append(data)
+            offset += len(data)
+            length -= len(data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def take(self, source: int, size: int) -> None:
+        """Add the first bytes of another open file; InputError when it has fewer."""
+        with self._room():
+            copy_range(source, 0, size, self.descriptor, self.size)
+        self.size += size
+
+    def check(self) -> None:
+        """Nobody else can reach an unlinked file."""
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            raise HostError(
+                f"cannot keep the image in {quote(self._directory)}: {problem.strerror}",
+                hint="set TMPDIR to a directory with room for the uncompressed layers",
+            ) from problem
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Content that lies in a spool, or in a file of the user's."""
+
+    spool: Backing
+    offset: int
+    size: int
+
+    def chunks(self) -> Iterator[bytes]:
+        end = self.offset + self.size
+        for start in range(self.offset, end, _CHUNK):
+            yield self.spool.read(start, min(_CHUNK, end - start))
+
+    def copy_to(self, descriptor: int, offset: int) -> None:
+        copy_range(self.spool.descriptor, self.offset, self.size, descriptor, offset)
+        self.spool.check()
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """Content of which only some pieces lie in a spool; the rest are holes and read as zeros."""
+
+    spool: Backing
+    size: int
+    pieces: tuple[tuple[int, int, int], ...]  # offset in the content, offset in the spool, size; in order, apart
+
+    def chunks(self) -> Iterator[bytes]:
+        at = 0
+        for offset, source, size in (*self.pieces, (self.size, 0, 0)):
+            for start in range(at, offset, _CHUNK):
+                yield _ZEROS[: offset - start]
+            yield from Slice(self.spool, source, size).chunks()
+            at = offset + size
+
+    def copy_to(self, descriptor: int, offset: int) -> None:
+        """Write the pieces only: where a writer puts contents, its file reads as zeros already."""
+        for start, source, size in self.pieces:
+            copy_range(self.spool.descriptor, source, size, descriptor, offset + start)
+        self.spool.check()
+
+
+EMPTY: Final[Content] = Bytes(b"")
+
+
+def copy_range(source: int, start: int, size: int, target: int, offset: int) -> None:
+    """Copy bytes between two open files inside the kernel, or through memory where their file systems cannot."""
+    while size > 0:
+        try:
+            done = os.copy_file_range(source, target, size, start, offset)
+        except OSError as problem:
+            if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                raise
+            done = 0
+        if done == 0:
+            data = os.pread(source, min(_CHUNK, size), start)
+            if not data:
+                raise InputError(f"a file became shorter while it was read: {size} bytes are missing")
+            write_all(target, data, offset)
+            done = len(data)
+        start, offset, size = start + done, offset + done, size - done
+
+
+def write_all(descriptor: int, data: bytes, offset: int) -> None:
+    """pwrite(2) until everything is written."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(descriptor, view, offset)
+        view = view[done:]
+        offset += done
+
+
+def quote(name: str) -> str:
+    """A name that came from outside, on one line and harmless in a terminal."""
+    return ascii(name)
