@@ -168,18 +168,18 @@ def _is_host(text: str) -> bool:
 
 
 def _repository(transport: str, text: str) -> Reference:
-    name, _, digest = text.partition("@")
-    if digest:
+    name, at, digest = text.partition("@")
+    if at:
         check_digest(digest, "the reference")
-    tag = ""
+    tag = "" if digest else "latest"
     if ":" in name.rpartition("/")[2]:
         name, _, tag = name.rpartition(":")
     host, slash, path = name.partition("/")
     plain = path if slash and _is_host(host) else name
     # An image ID is a name of its own kind to the daemon.
-    if not _REPOSITORY.match(plain) or (tag and not _TAG.match(tag)):
+    if not _REPOSITORY.match(plain) or not (_TAG.match(tag) or (digest and not tag)):
         raise SpecError(f"{quote(text)} is no image name", hint="NAME[:TAG] or NAME@sha256:…")
-    return Reference(transport=transport, name=name, tag=tag or ("" if digest else "latest"), digest=digest)
+    return Reference(transport=transport, name=name, tag=tag, digest=digest)
 
 
 def check_digest(text: object, where: str) -> str:

@@ -452,7 +452,7 @@ def _keep(memory: dict[bytes, _T]) -> dict[bytes, _T]:
 def _shown(data: bytes) -> str:
     """Bytes from outside for a message: whole as a name, unless there is a novel of them."""
     text = quote(data[:256].decode(errors="surrogateescape"))
-    return text if len(data) <= 256 else text + "…"
+    return text if len(data) <= 256 else text + "..."
 
 
 def _text(data: bytes) -> str:

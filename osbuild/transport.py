@@ -97,7 +97,9 @@ class Web:
 
     def close(self) -> None:
         """Close the connections that were kept for another request."""
-        for pool in self._pools.values():
+        with self._lock:
+            pools = tuple(self._pools.values())
+        for pool in pools:
             pool.clear()
 
     def may_be_plain(self, netloc: str) -> bool:

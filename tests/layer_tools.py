@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from osbuild.arch import X86_64, Arch
-from osbuild.cache import default_cache
+from osbuild.cache import Cache
 from osbuild.layers import Layer
 from osbuild.oci import Platform
 from osbuild.sources import open_image
 from osbuild.sources.image import SourceImage, Want
 from osbuild.tree import Spool
+
+NO_CACHE = Cache(root=Path("/dev/null/no-cache"))  # tests that want one bring their own
 
 
 def member(name: str, data: bytes = b"", **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
@@ -53,7 +55,7 @@ def archive(*members: tuple[tarfile.TarInfo, bytes], form: int = tarfile.PAX_FOR
 def opened(text: str, arch: Arch = X86_64, **wishes: Any) -> SourceImage:
     """The image that the words name, for an architecture."""
     platform = Platform(os="linux", architecture=arch.oci)
-    return open_image(text, Want(platform=platform, cache=wishes.pop("cache", default_cache()), **wishes))
+    return open_image(text, Want(platform=platform, cache=wishes.pop("cache", NO_CACHE), **wishes))
 
 
 def spooled(data: bytes) -> Spool:

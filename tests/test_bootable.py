@@ -125,7 +125,7 @@ def test_a_static_program_is_no_problem() -> None:
             "'/sbin/init' needs 'a.so', which is at '/opt/a.so', but not in /etc/ld.so.cache",
         ),
         (
-            {"/sbin/init": make_elf(interpreter=b"/lib/ld.so", needed=(b"a",) * 9 + (b"x",) * 1016), "/lib/ld.so": STATIC},
+            {"/sbin/init": make_elf(needed=(b"x",) * 1025)},
             "'/sbin/init' is a broken ELF file: it needs more than 1024 libraries",
         ),
     ],
@@ -210,8 +210,10 @@ def test_a_script_is_no_problem(line: str) -> None:
             {"/sbin/init": b"#!/usr/bin/env bash\n", "/usr/bin/env": STATIC, "/bin/bash": regular(STATIC, 0o600)},
             "'/bin/bash', the interpreter of '/sbin/init', may not be executed: its mode is 0600",
         ),
-        ({"/sbin/init": b"#!/sbin/init\n"}, ("'/sbin/init', the interpreter of '/sbin/init', is a script below 5 others; "
-            "the kernel gives up there")),
+        (
+            {"/sbin/init": b"#!/init\n", "/init": b"#!/init\n"},
+            "'/init', the interpreter of '/init', is a script below 5 others; the kernel gives up there",
+        ),
     ],
 )  # fmt: skip
 def test_what_keeps_a_script_from_starting_is_said(files: Mapping[str, Content], text: str) -> None:
@@ -321,13 +323,9 @@ def test_systemd_outside_usr_is_found() -> None:
 
 @pytest.mark.parametrize("name", ESSENTIAL)
 @pytest.mark.parametrize("home", ["/etc/systemd/system", "/usr/local/lib/systemd/system", UNITS])
-@pytest.mark.parametrize("mask", [NULL, "", "-> ../../../dev/null", "-> /etc/other"])
+@pytest.mark.parametrize("mask", [NULL, "", "-> ../../../../../../dev/null", "-> /etc/other"])
 def test_a_mask_is_said(name: str, home: str, mask: str) -> None:
     texts = [one.text for one in with_systemd({f"{home}/{name}": mask, "/etc/other": NULL})]
-    if mask.startswith("-> ..") and home != "/etc/systemd/system":
-        mask_path = f"'{home}/{name}'"
-        assert all(mask_path not in text or "masks" in text for text in texts)
-        return
     assert texts == [f"'{home}/{name}' masks the unit '{name}': {ESSENTIAL[name]}"]
 
 
@@ -387,7 +385,7 @@ def test_units_that_require_each_other_end() -> None:
 
 
 def test_a_script_in_init_d_becomes_a_unit() -> None:
-    files = {f"{UNITS}/basic.target": unit(Requires="old.service"), "/etc/init.d/old": STATIC}
+    files: dict[str, Content] = {f"{UNITS}/basic.target": unit(Requires="old.service"), "/etc/init.d/old": STATIC}
     assert with_systemd(files) == ()
 
 
@@ -437,7 +435,8 @@ def test_an_agent_that_cannot_start_is_said(command: str, text: str) -> None:
     [
         "[Service]\nExecStart=agent --x\n", '[Service]\nExecStart="/usr/bin/agent" x\n',
         "[Service]\nExecStart=/none\nExecStart=\nExecStart=/usr/bin/agent\n",
-        "[Service]\nExecStart=\\\n# why\n  /usr/bin/agent\n", "[Service]\n;ExecStart=/no\nExecStart = !!/usr/bin/agent\n",
+        "[Service]\nExecStart=\\\n# why\n  /usr/bin/agent\n",
+        "[Service]\n;ExecStart=/no\nExecStart = !!/usr/bin/agent\n",
     ],
     ids=["bare", "quoted", "reset", "continued", "spaced"],
 )  # fmt: skip

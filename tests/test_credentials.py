@@ -92,7 +92,7 @@ def test_the_longest_name_counts(home: Path) -> None:
         ({"username": "me", "password": SECRET}, "me", ""),
         (packed() | {"identitytoken": "t"}, "me", "t"),
         ({"identitytoken": "t"}, "", "t"),
-        ({"auth": packed()["auth"] + ""}, "me", ""),
+        (packed(), "me", ""),
     ],
 )
 def test_an_entry_may_be_of_three_kinds(home: Path, entry: dict[str, str], user: str, token: str) -> None:

@@ -404,6 +404,30 @@ def test_a_strange_realm_gets_no_credentials(realm: str, reason: str, server: Re
     assert reason in str(error)
 
 
+@pytest.mark.parametrize(
+    ("home", "there", "allowed"),
+    [
+        ("https://reg.example", "https://127.0.0.1/t", False),
+        ("https://reg.example", "https://localhost/t", False),
+        ("https://reg.example", "https://[::1]/t", False),
+        ("https://reg.example", "http://127.0.0.1/t", False),
+        ("https://reg.example", "https://224.0.0.1/t", False),
+        ("https://reg.example", "https://10.0.0.1/t", True),
+        ("https://169.254.1.1", "https://169.254.1.1/t", True),
+        ("https://reg.example", "http://named.example:80/t", True),
+        ("http://localhost:5000", "http://127.0.0.1:5001/t", True),
+    ],
+)
+def test_a_registry_may_not_send_us_to_our_own_machine(home: str, there: str, allowed: bool) -> None:
+    web = transport.Web(RegistrySpec(insecure=frozenset(("named.example:80",))), Patience())
+    call = (transport.parse_url(there, "it"), transport.parse_url(home, "home"), "the token service")
+    if allowed:
+        web.check_destination(*call)
+    else:
+        with pytest.raises(InputError, match="no business of its own"):
+            web.check_destination(*call)
+
+
 def test_a_token_that_no_header_can_carry_is_refused(server: Registry, tmp_path: Path) -> None:
     server.access = Access(answer={"token": "a\r\nX-Evil: 1"})
     assert "without a token" in str(refused(server, tmp_path))

@@ -21,12 +21,14 @@ import pytest
 
 from osbuild import listing, tar_writer, zstd
 from osbuild.arch import AARCH64, X86_64
+from osbuild.cache import Cache
 from osbuild.errors import HostError, InputError
 from osbuild.layers import flatten
 from osbuild.rootfs import settle
 from osbuild.sources import SOURCES
 from osbuild.tree import Tree
 from osbuild.uncompress import uncompressed
+from tests.fake_registry import serving
 from tests.layer_tools import archive, folder, hardlink, layer, link, member, opened, write_layout
 
 LAYERS = (
@@ -101,20 +103,22 @@ def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Daemon]
 
 
 @pytest.fixture
-def roads(tmp_path: Path, daemon: _Daemon) -> dict[str, str]:
+def roads(tmp_path: Path, daemon: _Daemon) -> Iterator[dict[str, str]]:
     """One image in each of the places that SOURCES knows."""
     write_layout(tmp_path / "layout", LAYERS)
     daemon.body = save()
     (tmp_path / "a.tar").write_bytes(save())
     (tmp_path / "layout.tar").write_bytes(packed(tmp_path / "layout"))
     unpack(flatten([layer(data) for data in LAYERS]), tmp_path / "root")
-    return {
+    everywhere = {
         "docker-daemon": "docker-daemon:x",
         "docker-archive": f"docker-archive:{tmp_path}/a.tar",
         "oci": f"oci:{tmp_path}/layout",
         "oci in a tar": f"oci:{tmp_path}/layout.tar:latest",
         "dir": f"dir:{tmp_path}/root",
     }
+    with serving(tmp_path / "layout") as registry:
+        yield everywhere | {"docker": f"docker://{registry.address}/some/image:latest"}
 
 
 ROADS = (*SOURCES, "oci in a tar")
@@ -136,8 +140,10 @@ def unpack(tree: Tree, root: Path) -> None:
 
 
 @pytest.mark.parametrize("transport", ROADS)
-def test_the_same_image_by_every_road_gives_the_same_tree(transport: str, roads: dict[str, str]) -> None:
-    image = opened(roads[transport], X86_64)
+def test_the_same_image_by_every_road_gives_the_same_tree(
+    transport: str, roads: dict[str, str], tmp_path: Path
+) -> None:
+    image = opened(roads[transport], X86_64, cache=Cache(root=tmp_path / "cache"))
     tree = image.tree
     assert list(tree) == ["/", "/etc", "/etc/a", "/etc/b", "/l"]
     assert tree["/etc/a"] is tree["/etc/b"]
@@ -147,9 +153,9 @@ def test_the_same_image_by_every_road_gives_the_same_tree(transport: str, roads:
 
 
 @pytest.mark.parametrize("transport", [road for road in ROADS if road != "dir"])  # a directory does not say
-def test_an_image_for_another_machine_is_refused(transport: str, roads: dict[str, str]) -> None:
+def test_an_image_for_another_machine_is_refused(transport: str, roads: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="linux/arm64"):
-        opened(roads[transport], AARCH64)
+        opened(roads[transport], AARCH64, cache=Cache(root=tmp_path / "cache"))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

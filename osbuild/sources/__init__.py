@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Final, Protocol
 
 from osbuild import oci
-from osbuild.errors import InputError
-from osbuild.sources import archive, daemon, directory, layout
+from osbuild.errors import HostError, InputError
+from osbuild.sources import archive, daemon, directory, layout, registry
 from osbuild.sources.image import SourceImage, Want
 from osbuild.tree import quote
 
@@ -21,6 +22,7 @@ class Source(Protocol):
 
 SOURCES: Final[Mapping[str, Source]] = {
     "docker-daemon": daemon,
+    "docker": registry,
     "docker-archive": archive,
     "oci": layout,
     "dir": directory,
@@ -30,6 +32,8 @@ SOURCES: Final[Mapping[str, Source]] = {
 def open_image(text: str, want: Want) -> SourceImage:
     """The image that the user's words name, checked, and for the platform that was asked for."""
     reference = oci.parse_reference(text, frozenset(SOURCES))
+    if not reference.transport:
+        reference = dataclasses.replace(reference, transport=_transport())
     image = SOURCES[reference.transport].open_image(reference, want)
     found = image.config.platform
     if found.os not in (want.platform.os, "") or found.architecture not in (want.platform.architecture, ""):
@@ -38,3 +42,12 @@ def open_image(text: str, want: Want) -> SourceImage:
             hint=f"--platform {found} takes it as it is" if found.os == "linux" else "",
         )
     return image
+
+
+def _transport() -> str:
+    """Where a bare name is looked for: in the Docker daemon if one answers, else in a registry."""
+    try:
+        daemon.connect().close()
+    except HostError:
+        return "docker"
+    return "docker-daemon"

@@ -32,7 +32,9 @@ def open_image(reference: oci.Reference, want: Want) -> SourceImage:
             spool.append(chunk)
     except docker.errors.NotFound as problem:
         _close(problem)
-        raise InputError(f"the Docker daemon has no image {quote(name)}", hint=f"docker pull {name}") from None
+        raise InputError(
+            f"the Docker daemon has no image {quote(name)}", hint=f"docker pull {name}, or use docker://{name}"
+        ) from None
     except (docker.errors.APIError, requests.exceptions.RequestException) as problem:
         _close(problem)
         raise HostError(f"the Docker daemon could not give {quote(name)}: {_first_line(problem)}") from None
