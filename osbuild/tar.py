@@ -108,7 +108,9 @@ class _Reader:
                 member, at = self._member(kind, block, at + BLOCK)
             except OddError as odd:
                 name = self._ahead.name(_name(block))
-                raise InputError(f"{_shown(name)}: {odd} (tar header at byte {at - self._start})") from None
+                raise InputError(
+                    f"{_shown(name) if name else 'tar'}: {odd} (tar header at byte {at - self._start})"
+                ) from None
             yield member
         if not self._ahead.empty:
             raise InputError(f"{_shown(self._ahead.name(b''))}: the archive ends after an extended header")
@@ -148,7 +150,7 @@ class _Reader:
             raise OddError(f"unknown tar member type {_shown(kind)}")
         ahead = self._ahead
         raw = _name(block) if ahead.empty else ahead.name(_name(block))
-        if raw.endswith(b"/") and kind in b"\x0007":
+        if raw.endswith(b"/") and kind in b"\x0007S":
             kind = _slashed(kind)
         owner = self._owners.get(block[100:124]) or self._owner(block[100:124])
         mtime_ns = self._times.get(block[136:148])
@@ -241,7 +243,8 @@ class _Reader:
         if self._bytes(at + BLOCK, BLOCK).strip(b"\0"):
             raise OddError("data after a single zero block")
         if self._end - at > self._limits.trailing_bytes:
-            raise OddError(f"{self._end - at} bytes after the end, more than {self._limits.trailing_bytes}")
+            most = self._limits.trailing_bytes
+            raise OddError(f"{self._end - at} bytes after the end of the archive, more than {most}")
 
 
 class _Ahead:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tarfile
+
 import pytest
 
 from osbuild.errors import InputError
 from osbuild.layers import flatten
+from osbuild.limits import Limits
 from osbuild.tree import Tree
-from tests.layer_tools import archive, folder, hardlink, layer, link, member
+from tests.layer_tools import archive, folder, hardlink, header, layer, link, member, pax, sparse_archive
 
 
 def stack(*layers: bytes) -> Tree:
@@ -113,7 +116,9 @@ def test_a_hard_link_may_name_a_symbolic_link() -> None:
     assert tree["/m"] is tree["/l"]
 
 
-@pytest.mark.parametrize(("target", "rule"), [("nothing", "does not exist"), ("d", "is a directory")])
+@pytest.mark.parametrize(
+    ("target", "rule"), [("nothing", "does not exist"), ("d", "is a directory"), ("/", "is a directory")]
+)
 def test_a_hard_link_needs_a_file(target: str, rule: str) -> None:
     with pytest.raises(InputError, match=rule):
         stack(archive(folder("d"), hardlink("b", target)))
@@ -140,3 +145,171 @@ def test_the_digest_tells_hard_links_from_copies() -> None:
     linked = stack(archive(member("a", b"x"), hardlink("b", "a")))
     copied = stack(archive(member("a", b"x"), member("b", b"x")))
     assert linked.digest() != copied.digest()
+
+
+def test_every_directory_may_be_2000_deep_and_no_more() -> None:
+    assert len(stack(archive(member("d/" * 2000 + "f")))) == 2002
+    assert len(stack(archive(folder("/".join("d" * 2000))))) == 2001
+    with pytest.raises(InputError, match="2000 directories"):
+        stack(archive(folder("/".join("d" * 2001))))
+
+
+def test_links_cannot_make_a_path_deeper_or_longer_than_allowed() -> None:
+    with pytest.raises(InputError, match="2000 directories"):
+        stack(archive(folder("/".join("d" * 1500)), link("l", "/".join("d" * 1500)), folder("l/" + "/".join("e" * 600))))
+    deep = "/".join(["c" * 250] * 12)
+    with pytest.raises(InputError, match="path of more than 4095 bytes"):
+        stack(archive(folder(deep), link("l", deep), member(f"l/{deep}")))
+
+
+@pytest.mark.parametrize("name", ["d/.wh.x", "d/.wh..wh..opq"])
+def test_a_whiteout_below_a_lower_link_acts_where_the_link_leads(name: str) -> None:
+    lower = archive(member("real/x"), link("d", "real"))
+    assert "/real/x" not in stack(lower, archive(member(name)))
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["directory first", "whiteout first"])
+@pytest.mark.parametrize("name", ["d/.wh.x", "d/.wh..wh..opq", "d/e/.wh.x"])
+def test_no_lower_link_redirects_a_whiteout_in_a_directory_of_the_same_layer(name: str, order: int) -> None:
+    lower = archive(member("real/x"), member("real/e/x"), link("d", "real"))
+    tree = stack(lower, archive(*[folder("d"), member(name)][::order]))
+    assert {"/real/x", "/real/e/x"} <= set(tree)
+    assert tree["/d"].is_dir
+
+
+def test_whiteouts_do_not_depend_on_each_other() -> None:
+    lower = archive(member("real/x"), link("d", "real"))
+    upper = [member(".wh.d"), member("d/.wh.x")]
+    assert list(stack(lower, archive(*upper))) == list(stack(lower, archive(*upper[::-1]))) == ["/", "/real"]
+
+
+def test_an_opaque_root_hides_everything_below_and_keeps_its_inode() -> None:
+    tree = stack(archive(folder(".", mode=0o700), member("a")), archive(member(".wh..wh..opq"), member("b")))
+    assert list(tree) == ["/", "/b"]
+    assert tree["/"].mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("name", [".wh..wh.aufs", ".wh..wh.plnk/1.2", "d/.wh..wh.orph/x", ".wh..wh.x/.wh.a"])
+def test_what_aufs_kept_for_itself_is_ignored(name: str) -> None:
+    assert list(stack(archive(member("a")), archive(member(name, b"x")))) == ["/", "/a"]
+
+
+def test_whiteouts_that_are_hard_links_of_each_other_are_whiteouts() -> None:
+    upper = archive(member(".wh.a"), hardlink(".wh.b", ".wh.a"))
+    assert list(stack(archive(member("a"), member("b"), member("c")), upper)) == ["/", "/c"]
+
+
+@pytest.mark.parametrize(
+    "odd", [folder(".wh.a"), link(".wh.a", "x"), member(".wh.a", b"x"), member(".wh.a", type=tarfile.CHRTYPE)]
+)
+def test_a_whiteout_must_be_an_empty_file(odd: tuple[tarfile.TarInfo, bytes]) -> None:
+    with pytest.raises(InputError, match="whiteout that is no empty regular file"):
+        stack(archive(odd))
+
+
+@pytest.mark.parametrize("name", [".wh..", ".wh...", "d/.wh..."])
+def test_a_whiteout_cannot_climb(name: str) -> None:
+    with pytest.raises(InputError, match="whiteout of nothing"):
+        stack(archive(folder("d"), member(name)))
+
+
+def test_a_whiteout_behind_links_in_a_circle_is_refused() -> None:
+    with pytest.raises(InputError, match="40 symbolic links"):
+        stack(archive(link("a", "b"), link("b", "a")), archive(member("a/.wh.x")))
+
+
+@pytest.mark.parametrize(("name", "target"), [("a", "a"), ("./a", "/a"), ("l/a", "a")])
+def test_a_hard_link_to_itself_is_refused(name: str, target: str) -> None:
+    with pytest.raises(InputError, match="itself"):
+        stack(archive(member("a"), link("l", ".")), archive(hardlink(name, target)))
+
+
+@pytest.mark.parametrize(("name", "target"), [("d", "d/f"), ("l", "l/f")], ids=["a directory", "a link"])
+def test_a_hard_link_cannot_replace_the_way_to_its_target(name: str, target: str) -> None:
+    with pytest.raises(InputError, match="which it replaces"):
+        stack(archive(member("d/f"), link("l", "d")), archive(hardlink(name, target)))
+
+
+def test_a_hard_link_to_what_comes_later_is_refused_or_means_the_lower_layer() -> None:
+    upper = archive(hardlink("b", "a"), member("a", b"new"))
+    with pytest.raises(InputError, match="does not exist"):
+        stack(upper)
+    tree = stack(archive(member("a", b"old")), upper)
+    assert (body(tree, "/a"), body(tree, "/b")) == (b"new", b"old")
+
+
+def test_a_hard_link_to_what_the_same_layer_hides_is_refused() -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        stack(archive(member("a")), archive(hardlink("b", "a"), member(".wh.a")))
+
+
+def test_a_chain_of_hard_links_is_one_inode() -> None:
+    tree = stack(archive(member("a", b"x"), hardlink("b", "a"), hardlink("c", "b")), archive(hardlink("d", "c")))
+    assert tree.names()[tree["/a"]] == ["/a", "/b", "/c", "/d"]
+
+
+def test_a_hard_link_survives_the_hiding_of_its_first_name() -> None:
+    tree = stack(archive(member("a", b"x"), hardlink("b", "a")), archive(member(".wh.a")))
+    assert body(tree, "/b") == b"x"
+
+
+def test_a_link_over_a_directory_takes_everything_away() -> None:
+    tree = stack(archive(member("d/f"), folder("e")), archive(link("d", "e")))
+    assert list(tree) == ["/", "/d", "/e"]
+    assert tree["/d"].is_symlink
+
+
+def test_a_directory_may_stand_twice_in_one_layer_and_the_last_counts() -> None:
+    tree = stack(archive(folder("d", mode=0o700), member("d/f"), folder("./d/", mode=0o711)))
+    assert tree["/d"].mode & 0o777 == 0o711
+    assert "/d/f" in tree
+
+
+@pytest.mark.parametrize("second", ["a", "/a", ".//a", "./a/."])
+def test_other_spellings_are_the_same_path(second: str) -> None:
+    with pytest.raises(InputError, match="'/a': stands twice"):
+        stack(archive(member("a"), folder(second)))
+
+
+def test_a_sparse_file_lies_in_a_tree_like_any_other() -> None:
+    tree = stack(sparse_archive())
+    assert {entry.content.size for path, entry in tree.items() if path != "/"} == {8192}
+
+
+@pytest.mark.parametrize(
+    ("limits", "rule"),
+    [
+        (Limits(entries=5), "more than 5 entries"),
+        (Limits(memory_bytes=2000), "more than 2000 bytes"),
+        (Limits(image_bytes=20_000), "all layers have more than 20000 bytes"),
+        (Limits(depth=1), "more than 1 directories"),
+        (Limits(path_bytes=4), "more than 4 bytes"),
+        (Limits(name_bytes=3), "more than 3 bytes"),
+        (Limits(link_hops=0), "more than 0 symbolic links"),
+        (Limits(target_bytes=1), "not 1 to 1"),
+        (Limits(steps=3), "too long to follow"),
+        (Limits(file_bytes=4), "more than the 4 a file"),
+        (Limits(header_records=0), "more than 0 records"),
+        (Limits(header_bytes=5), "more than 5"),
+        (Limits(xattr_bytes=1), "more than 1"),
+        (Limits(trailing_bytes=100), "more than 100"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_limits_hold_for_all_layers_together(limits: Limits, rule: str) -> None:
+    lower = archive(member("one/f", b"12345"), link("l", "one"), folder("one"))
+    upper = archive(member("l/g", pax_headers={"SCHILY.xattr.user.k": "vv"}), member("one/two/three", b"1"), member("h"))
+    assert len(stack(lower, upper)) == 8
+    with pytest.raises(InputError, match=rule):
+        flatten([layer(lower), layer(upper)], limits)
+
+
+def test_the_holes_of_sparse_files_count() -> None:
+    huge = pax({"GNU.sparse.map": b"", "GNU.sparse.size": b"%d" % (40 << 30)})
+    with pytest.raises(InputError, match="all files together"):
+        stack(huge + header(name=b"a") + huge + header(name=b"b"))
+
+
+def test_directories_that_only_names_ask_for_count() -> None:
+    with pytest.raises(InputError, match="no entry of their own"):
+        flatten([layer(archive(member("a/b/c/d/e/f")))], Limits(entries=5))

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import random
+import shutil
 import stat
+import subprocess
 import tarfile
+from pathlib import Path
 
 import pytest
 
 from osbuild import tar
 from osbuild.errors import InputError
-from tests.layer_tools import archive, folder, hardlink, header, link, member, spooled
+from osbuild.tree import Sparse
+from tests.layer_tools import (
+    archive,
+    folder,
+    hardlink,
+    header,
+    link,
+    member,
+    old_sparse,
+    padded,
+    pax,
+    pax_record,
+    sparse_archive,
+    spooled,
+)
 
 END = bytes(1024)
 
 
 def read(data: bytes, limits: tar.Limits | None = None) -> list[tar.Member]:
     return list(tar.read(spooled(data), 0, len(data), limits))
-
-
-def pax(records: dict[str, bytes], kind: bytes = b"x") -> bytes:
-    body = b""
-    for key, value in records.items():
-        record = b" " + key.encode() + b"=" + value + b"\n"
-        size = len(record) + len(str(len(record)))
-        size = len(record) + len(str(size))
-        body += str(size).encode() + record
-    return header(name=b"pax", kind=kind, size=b"%011o\0" % len(body)) + body + bytes(-len(body) % 512)
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -127,8 +135,43 @@ BAD = {
     "a link with bytes": (header(kind=b"2", link=b"x", size=b"00000000001\0") + bytes(512), "only regular files"),
     "a link to nothing": (header(kind=b"2"), "target of 0 bytes"),
     "an unknown type": (header(kind=b"Z"), "unknown tar member type"),
-    "a sparse member": (header(kind=b"S"), "sparse"),
-    "a sparse member of PAX": (pax({"GNU.sparse.major": b"1"}) + GOOD, "sparse"),
+    "a regular file that ends in a slash": (header(name=b"a/"), "ends in '/'"),
+    "a checksum that is no number": (header(checksum=b"zzzzzz\0 "), "octal"),
+    "an empty long name": (header(kind=b"L") + GOOD, "without a name"),
+    "a long name of 5000 bytes": (header(kind=b"L", size=b"%011o\0" % 5000) + bytes(5120) + GOOD, "more than 4097"),
+    "two long names": ((header(kind=b"L", size=b"%011o\0" % 2) + padded(b"n\0")) * 2 + GOOD, "two long names"),
+    "a NUL in a long name": (header(kind=b"L", size=b"%011o\0" % 4) + padded(b"a\0b\0") + GOOD, "NUL"),
+    "two extended headers, the first one empty": (header(kind=b"x") + pax({"uid": b"1"}) + GOOD, "two extended"),
+    "a record without a name": (header(kind=b"x", size=b"%011o\0" % 5) + padded(b"5 =v\n") + GOOD, "without a name"),
+    "a time with an exponent": (pax({"mtime": b"1e9"}) + GOOD, "mtime"),
+    "a time with an underscore": (pax({"mtime": b"1_0"}) + GOOD, "mtime"),
+    "a link target of 4096 bytes": (pax({"linkpath": b"t" * 4096}) + header(kind=b"2"), "target of 4096"),
+    "a minor number of 2^20": (header(kind=b"4", minor=b"4000000\0"), "device"),
+    "an owner of 2^40 in base 256": (header(uid=(1 << 40 | 1 << 63).to_bytes(8, "big")), "owner 1099511627776:0"),
+    "a negative owner in base 256": (header(uid=b"\xff" * 8), "uid out of range"),
+    "an attribute with an empty name": (pax({"SCHILY.xattr.user.": b"1"}) + GOOD, "attribute"),
+    "an attribute of 64 KiB and a byte": (pax({"SCHILY.xattr.user.a": bytes((1 << 16) + 1)}) + GOOD, "65537 bytes"),
+    "a hard link with bytes": (header(kind=b"1", link=b"x", size=b"00000000001\0") + bytes(512), "only regular files"),
+    "a hard link to nothing": (header(kind=b"1"), "without a name"),
+    "junk after one zero block": (GOOD + bytes(512) + b"junk", "single zero block"),
+    "sparse pieces out of order": (old_sparse([(512, 1), (0, 1)], 1024) + padded(b"xy"), "not in order"),
+    "sparse pieces that overlap": (old_sparse([(0, 4), (2, 4)], 1024) + padded(b"x" * 8), "overlap"),
+    "a sparse piece past the end": (old_sparse([(1020, 8)], 1024) + padded(b"x" * 8), "reaches past"),
+    "a sparse map of fewer bytes": (old_sparse([(0, 4)], 1024, stored=8) + padded(b"x" * 8), "speaks of 4 bytes"),
+    "a sparse file cut off": (old_sparse([(0, 1 << 20)], 1 << 21), "stored bytes end after"),
+    "a sparse map cut off": (old_sparse([(n, 1) for n in range(99)], 1024)[:1024], "sparse map is cut off"),
+    "a sparse file of 2^62 bytes": (
+        pax({"GNU.sparse.map": b"", "GNU.sparse.size": b"%d" % (1 << 62)}) + GOOD, "a file may have"),
+    "a sparse directory": (pax({"GNU.sparse.map": b"", "GNU.sparse.size": b"0"}) + header(kind=b"5"), "none can be"),
+    "a sparse map of version 2": (pax({"GNU.sparse.major": b"2"}) + GOOD, "unknown version"),
+    "a sparse map of an odd length": (pax({"GNU.sparse.map": b"1", "GNU.sparse.size": b"9"}) + GOOD, "number of pieces"),
+    "a sparse map of words": (pax({"GNU.sparse.map": b"a,b", "GNU.sparse.size": b"9"}) + GOOD, "no number"),
+    "a sparse map that never ends": (
+        pax({"GNU.sparse.major": b"1", "GNU.sparse.minor": b"0", "GNU.sparse.realsize": b"9"})
+        + header(size=b"%011o\0" % 512) + b"9" * 512, "sparse map is cut off"),
+    "a sparse map of a billion pieces": (
+        pax({"GNU.sparse.major": b"1", "GNU.sparse.minor": b"0", "GNU.sparse.realsize": b"9"})
+        + header(size=b"%011o\0" % 512) + padded(b"1000000000\n"), "more than 65536 pieces"),
     "a component of 256 bytes": (pax({"path": b"c" * 256}) + GOOD, "component"),
     "a path of 4096 bytes": (pax({"path": b"/".join([b"c" * 200] * 21)}) + GOOD, "path of more"),
     "an owner of 2^32 - 1": (pax({"uid": b"4294967295"}) + GOOD, "out of range"),
@@ -177,3 +220,100 @@ def test_names_from_outside_cannot_speak_to_a_terminal() -> None:
         read(header(name=b"\x1b[31mred\n/../x"))
     assert "\x1b" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "nanoseconds"),
+    [
+        (b"1.5", 1_500_000_000),
+        (b"-1.5", -1_500_000_000),
+        (b"0.1234567899", 123_456_789),
+        (b"-0.0000000001", -1),
+        (b"9223372036854775807", 9223372036854775807 * 10**9),
+        (b"1234567890.99999999999999999999", 1234567890_999999999),
+    ],
+)
+def test_times_are_rounded_down_to_nanoseconds(text: bytes, nanoseconds: int) -> None:
+    (found,) = read(pax({"mtime": text}) + GOOD)
+    assert found.mtime_ns == nanoseconds
+
+
+def test_a_time_in_base_256_may_be_as_far_away_as_a_size() -> None:
+    (found,) = read(header(mtime=b"\x80\0\0\0\x7f" + b"\xff" * 7))
+    assert found.mtime_ns == ((1 << 63) - 1) * 10**9
+
+
+def test_names_at_the_limit_are_read() -> None:
+    name = b"/".join([b"c" * 255] * 15 + [b"d" * 254])
+    assert len(name) == 4094  # and the root's slash
+    (found,) = read(pax({"path": name}) + GOOD)
+    assert found.name.encode() == b"/" + name
+
+
+def test_a_directory_before_posix_is_a_file_with_a_slash() -> None:
+    (found,) = read(header(name=b"old/", kind=b"\0"))
+    assert (found.name, found.kind) == ("/old", stat.S_IFDIR)
+
+
+def test_an_empty_record_is_as_good_as_none() -> None:
+    (found,) = read(pax({"path": b"", "mtime": b"", "uid": b""}) + header(mtime=b"00000000007\0"))
+    assert (found.name, found.mtime_ns, found.uid) == ("/file", 7 * 10**9, 0)
+
+
+def test_a_refusal_names_the_entry_by_its_long_name() -> None:
+    name = "d/" * 100 + "f"
+    data = archive(member(name, b"x" * 600))
+    with pytest.raises(InputError, match=f"'{name}': its 600 bytes end after the archive"):
+        read(data[: data.index(b'x' * 600) + 512])
+
+
+def test_an_archive_is_not_read_beyond_its_end() -> None:
+    one = header() + bytes(512)
+    spool = spooled(one + header(name=b"next"))
+    assert [m.name for m in tar.read(spool, 0, len(one))] == ["/file"]
+
+
+def test_every_kind_of_sparse_member_is_read() -> None:
+    data = sparse_archive()
+    spool = spooled(data)
+    found = {m.name: b"".join(tar.content(m, spool).chunks()) for m in tar.read(spool, 0, len(data))}
+    expected = (bytes(1024) + b"a" * 512).ljust(4096, b"\0") + b"b" * 100
+    assert found == dict.fromkeys(("/s", "/s00", "/s01", "/s10"), expected.ljust(8192, b"\0"))
+
+
+def test_two_kinds_of_sparse_maps_are_refused() -> None:
+    twice = pax_record("GNU.sparse.offset", b"0") + pax_record("GNU.sparse.size", b"1")
+    with pytest.raises(InputError, match="number of pieces"):
+        read(header(kind=b"x", size=b"%011o\0" % len(twice)) + padded(twice) + GOOD)
+    with pytest.raises(InputError, match="none can be"):
+        read(pax({"GNU.sparse.map": b"", "GNU.sparse.size": b"0"}) + old_sparse([], 0))
+
+
+@pytest.mark.parametrize("words", ["gnu", "posix 0.0", "posix 0.1", "posix 1.0"])
+def test_sparse_files_that_gnu_tar_packed_are_read_with_their_holes(words: str, tmp_path: Path) -> None:
+    if shutil.which("tar") is None:
+        pytest.skip("tar is not installed")
+    source = random.Random(3)
+    for name, pieces in {"few": 3, "many": 150, "none": 0}.items():
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(8 << 20)
+            for _ in range(pieces):
+                file.seek(source.randrange(2000) * 4096)
+                file.write(source.randbytes(source.randrange(1, 4000)))
+    form, _, version = words.partition(" ")
+    options = [f"--sparse-version={version}"] if version else []
+    made = ["tar", "--sparse", f"--format={form}", *options, "-cf", "a.tar", "few", "many", "none"]
+    subprocess.run(made, cwd=tmp_path, check=True)
+    data = (tmp_path / "a.tar").read_bytes()
+    assert len(data) < 2 << 20, "tar found no holes here"
+    spool = spooled(data)
+    for found in tar.read(spool, 0, len(data)):
+        content = tar.content(found, spool)
+        assert isinstance(content, Sparse)
+        original = tmp_path / found.name[1:]
+        assert b"".join(content.chunks()) == original.read_bytes()
+        with (tmp_path / "copy").open("w+b") as copy:
+            copy.truncate(content.size)
+            content.copy_to(copy.fileno(), 0)
+        assert (tmp_path / "copy").read_bytes() == original.read_bytes()
+        assert (tmp_path / "copy").stat().st_blocks <= original.stat().st_blocks + 16, "holes stay holes"
