@@ -57,7 +57,10 @@ class Problem:
 
 
 def problems(tree: Tree, init: str, arch: Arch, *, systemd: bool) -> tuple[Problem, ...]:
-    """Everything that would keep a guest with this tree from starting `init`, and with `systemd` from our agent."""
+    """Everything that would keep a guest with this tree from starting `init`, and with `systemd` from our agent.
+
+    InputError when a unit file or fstab is too large to be one.
+    """
     view = View(tree)
     judge = _Judge(view, arch, path_env=_KERNEL_PATH)
     found = [*judge.program(init), *_mount_points(view)]

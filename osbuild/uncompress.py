@@ -19,7 +19,8 @@ def sniff(head: bytes) -> str:
     """How a stream is compressed, by its first four bytes: for archives, which do not say."""
     if head.startswith(b"\x1f\x8b"):
         return "gzip"
-    return "zstd" if head.startswith(b"\x28\xb5\x2f\xfd") else "none"
+    skippable = head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5  # what pzstd puts first
+    return "zstd" if skippable or head.startswith(b"\x28\xb5\x2f\xfd") else "none"
 
 
 def uncompressed(
