@@ -43,4 +43,6 @@ class Limits:
 
 def text_cost(text: str) -> int:
     """What a string takes in memory: CPython keeps one, two or four bytes for each character."""
-    return STRING_COST + (len(text) if text.isascii() else 4 * len(text))
+    size = len(text) if text.isascii() else 4 * len(text)
+    # Up to 512 bytes come from CPython's own pools; what is longer leaves gaps in the C library's heap.
+    return STRING_COST + (size if size < 512 else size + size // 4)

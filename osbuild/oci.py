@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,6 +45,8 @@ LAYER_TYPES: Final[Mapping[str, str]] = {  # media type -> how it is compressed
     "application/vnd.docker.image.rootfs.diff.tar.gzip": "gzip",
     "application/vnd.docker.image.rootfs.diff.tar.zstd": "zstd",
 }
+
+_BASE_VARIANTS: Final = {"amd64": "v1", "arm": "v7", "arm64": "v8"}  # containerd's: what no variant stands for
 
 # A JSON document; Any because it comes from outside and every use checks what it finds.
 Json = dict[str, Any]
@@ -118,6 +120,32 @@ def parse_platform(text: str) -> Platform:
     if parts[0] != "linux":
         raise SpecError(f"no guests for {quote(parts[0])}", hint="linux/ARCHITECTURE")
     return Platform(os=parts[0], architecture=parts[1], variant=parts[2] if len(parts) == 3 else "")
+
+
+def choose_platform(found: Sequence[Descriptor], wanted: Platform, where: str) -> Descriptor:
+    """The descriptor for a platform; InputError says which platforms there are.
+
+    As containerd does it: of several, when no variant is asked for, the first of the architecture's base variant.
+    """
+    if len(found) == 1 and found[0].platform is None:  # the config will say
+        return found[0]
+    matching = [(item.platform.variant, item) for item in found if item.platform and item.platform.matches(wanted)]
+    if not matching:
+        names = sorted({str(item.platform) for item in found if item.platform and item.platform.os != "unknown"})
+        raise InputError(
+            f"{where}: no image for {wanted} in this index", hint=f"there are: {', '.join(map(quote, names)) or 'none'}"
+        )
+    base = ("", _BASE_VARIANTS.get(wanted.architecture, ""))
+    for variant, item in matching:
+        if wanted.variant or variant in base:
+            return item
+    variants = sorted({variant for variant, _ in matching})
+    if len(variants) > 1:
+        raise InputError(
+            f"{where}: {wanted} comes in {len(variants)} variants, none of them the ordinary one",
+            hint=f"--platform {wanted}/VARIANT: {', '.join(map(quote, variants))}",
+        )
+    return matching[0][1]
 
 
 def parse_reference(text: str, transports: frozenset[str]) -> Reference:

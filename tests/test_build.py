@@ -149,7 +149,9 @@ def test_a_file_that_changed_since_is_not_booted(built: tuple[Path, dict[str, An
     shutil.copytree(built[0], out)
     with (out / "rootfs.img").open("r+b") as file:
         file.seek(5 << 20)
-        file.write(b"\xff")
+        was = file.read(1)
+        file.seek(5 << 20)
+        file.write(bytes([was[0] ^ 1]))
     done = run("smoke", str(out), "--quiet")
     assert done.returncode == 3
     assert "rootfs.img" in one_line(done.stderr)

@@ -147,7 +147,7 @@ def test_a_failure_is_told_as_json_too(tmp_path: Path) -> None:
     told = json.loads(done.stdout)
     assert done.returncode == told["code"] == 3
     assert "no" in told["error"]
-    assert "oci:DIR" in told["hint"]
+    assert "oci:PATH" in told["hint"]
 
 
 @pytest.mark.parametrize(("redirect", "code"), [("| (exec <&-; sleep 0.5)", 141), (">/dev/full", 4), (">&-", 0)])

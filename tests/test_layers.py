@@ -156,7 +156,9 @@ def test_every_directory_may_be_2000_deep_and_no_more() -> None:
 
 def test_links_cannot_make_a_path_deeper_or_longer_than_allowed() -> None:
     with pytest.raises(InputError, match="2000 directories"):
-        stack(archive(folder("/".join("d" * 1500)), link("l", "/".join("d" * 1500)), folder("l/" + "/".join("e" * 600))))
+        stack(
+            archive(folder("/".join("d" * 1500)), link("l", "/".join("d" * 1500)), folder("l/" + "/".join("e" * 600)))
+        )
     deep = "/".join(["c" * 250] * 12)
     with pytest.raises(InputError, match="path of more than 4095 bytes"):
         stack(archive(folder(deep), link("l", deep), member(f"l/{deep}")))
@@ -298,7 +300,9 @@ def test_a_sparse_file_lies_in_a_tree_like_any_other() -> None:
 )
 def test_limits_hold_for_all_layers_together(limits: Limits, rule: str) -> None:
     lower = archive(member("one/f", b"12345"), link("l", "one"), folder("one"))
-    upper = archive(member("l/g", pax_headers={"SCHILY.xattr.user.k": "vv"}), member("one/two/three", b"1"), member("h"))
+    upper = archive(
+        member("l/g", pax_headers={"SCHILY.xattr.user.k": "vv"}), member("one/two/three", b"1"), member("h")
+    )
     assert len(stack(lower, upper)) == 8
     with pytest.raises(InputError, match=rule):
         flatten([layer(lower), layer(upper)], limits)

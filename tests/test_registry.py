@@ -162,7 +162,7 @@ def descriptor(*platform: str) -> oci.Descriptor:
 )
 def test_of_several_variants_the_ordinary_one_is_taken(there: list[str], wanted: str, taken: int) -> None:
     found = [descriptor(*text.split("/")) if text else descriptor() for text in there]
-    assert registry.choose_platform(found, oci.parse_platform(wanted), "here") is found[taken]
+    assert oci.choose_platform(found, oci.parse_platform(wanted), "here") is found[taken]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_of_several_variants_the_ordinary_one_is_taken(there: list[str], wanted:
 def test_no_variant_is_guessed(there: list[str], wanted: str) -> None:
     found = [descriptor(*text.split("/")) if text else descriptor() for text in there]
     with pytest.raises(InputError, match=wanted):
-        registry.choose_platform(found, oci.parse_platform(wanted), "here")
+        oci.choose_platform(found, oci.parse_platform(wanted), "here")
 
 
 def test_an_index_may_lie_in_an_index_but_not_for_ever(server: Registry, image: Path, tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def test_a_refusal_names_the_entry_by_its_long_name() -> None:
     name = "d/" * 100 + "f"
     data = archive(member(name, b"x" * 600))
     with pytest.raises(InputError, match=f"'{name}': its 600 bytes end after the archive"):
-        read(data[: data.index(b'x' * 600) + 512])
+        read(data[: data.index(b"x" * 600) + 512])
 
 
 def test_an_archive_is_not_read_beyond_its_end() -> None:
@@ -317,3 +317,10 @@ def test_sparse_files_that_gnu_tar_packed_are_read_with_their_holes(words: str, 
             content.copy_to(copy.fileno(), 0)
         assert (tmp_path / "copy").read_bytes() == original.read_bytes()
         assert (tmp_path / "copy").stat().st_blocks <= original.stat().st_blocks + 16, "holes stay holes"
+
+
+def test_a_message_about_a_long_name_is_short_and_plain() -> None:
+    with pytest.raises(InputError) as caught:  # found by fuzzing: an ellipsis that was no ASCII
+        read(pax({"path": b"n" * 3000 + b"/../x"}) + GOOD)
+    assert str(caught.value).isascii()
+    assert len(str(caught.value)) < 400

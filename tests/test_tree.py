@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from osbuild.errors import InputError
-from osbuild.tree import Bytes, Draft, Slice, Spool, Tree, directory, regular, symlink
+from osbuild.tree import Bytes, Draft, Slice, Sparse, Spool, Tree, directory, regular, symlink
 
 
 def test_a_tree_is_sorted_and_has_a_root() -> None:
@@ -120,3 +120,51 @@ def test_equal_trees_have_equal_digests_whatever_the_order() -> None:
 def test_bytes_come_in_pieces_that_make_the_whole() -> None:
     data = os.urandom(2_500_000)
     assert b"".join(Bytes(data).chunks()) == data
+
+
+def test_sparse_content_reads_as_zeros_between_its_pieces(tmp_path: Path) -> None:
+    spool = Spool(str(tmp_path))
+    spool.append(b"abcdef")
+    content = Sparse(spool, 3_000_000, ((2, 0, 3), (2_999_990, 3, 3)))
+    expected = b"\0\0abc".ljust(2_999_990, b"\0") + b"def" + bytes(7)
+    pieces = list(content.chunks())
+    assert b"".join(pieces) == expected
+    assert max(map(len, pieces)) <= 1 << 20
+    with (tmp_path / "out").open("w+b") as out:
+        out.truncate(3_000_010)
+        content.copy_to(out.fileno(), 10)
+    assert (tmp_path / "out").read_bytes() == bytes(10) + expected
+    assert (tmp_path / "out").stat().st_blocks < 100, "holes stay holes"
+
+
+def test_sparse_and_plain_content_have_the_same_digest(tmp_path: Path) -> None:
+    spool = Spool(str(tmp_path))
+    spool.append(b"x")
+    root = {"/": directory()}
+    sparse = Tree(root | {"/a": regular(Sparse(spool, 5000, ((4000, 0, 1),)))})
+    plain = Tree(root | {"/a": regular(b"x".rjust(4001, b"\0").ljust(5000, b"\0"))})
+    assert sparse.digest() == plain.digest()
+
+
+def test_an_empty_sparse_file_is_all_hole(tmp_path: Path) -> None:
+    content = Sparse(Spool(str(tmp_path)), 5, ())
+    assert b"".join(content.chunks()) == bytes(5)
+
+
+def test_hiding_finds_every_directory_before_anything_goes() -> None:
+    draft = Draft()
+    draft.put("/real/x", regular(b""))
+    draft.put("/real/y", regular(b""))
+    draft.put("/l", symlink("real"))
+    draft.hide([("", "l"), ("/l", "x"), ("/no", "z")], made=())
+    assert list(draft.tree()) == ["/", "/real", "/real/y"]
+    draft.hide([("/real", "")], made={"/real"})
+    assert list(draft.tree()) == ["/", "/real"]
+
+
+def test_more_ways_than_are_remembered_all_lead_right() -> None:
+    draft = Draft()
+    for turn in "ab":
+        for number in range(700):
+            draft.put(f"/d{number}/{turn}", regular(b""))
+    assert len(draft.tree()) == 1 + 3 * 700

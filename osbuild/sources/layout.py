@@ -93,14 +93,13 @@ def _one(found: list[oci.Descriptor], platform: oci.Platform, where: str) -> oci
         raise InputError(f"{where}: the layout holds no image")
     if len(found) == 1:
         return found[0]
-    wanted = [item for item in found if item.platform is not None and item.platform.matches(platform)]
-    if len(wanted) != 1:
-        there = ", ".join(sorted({str(item.platform) for item in found if item.platform is not None}))
+    wanted = [item.platform for item in found if item.platform is not None and item.platform.matches(platform)]
+    if len(set(wanted)) < len(wanted):
         raise InputError(
             f"{where}: {len(wanted)} of {len(found)} images are for {platform}",
-            hint="name one by its tag, oci:PATH:TAG, or by --platform" + (f"; there are: {there}" if there else ""),
+            hint="name one by its tag: oci:PATH:TAG",
         )
-    return wanted[0]
+    return oci.choose_platform(found, platform, where)
 
 
 def _names(item: oci.Descriptor) -> list[str]:

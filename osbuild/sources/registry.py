@@ -29,7 +29,6 @@ PATIENCE: Final = Patience()
 _THREADS: Final = 3  # layers fetched at a time
 _AHEAD: Final = 6  # layers fetched before their turn; each holds a file open
 _NESTING_MAX: Final = 4  # indexes inside indexes
-_BASE_VARIANTS: Final = {"amd64": "v1", "arm": "v7", "arm64": "v8"}  # containerd's: what no variant stands for
 
 T = TypeVar("T")
 
@@ -80,7 +79,7 @@ class _Pull:
                 config = oci.parse_config(self._document(stack, manifest.config, manifest=False), self.where)
                 match_layers(manifest.layers, config, self.where)
                 return _Found(digest=digest, manifest=manifest, config=config)
-            chosen = choose_platform(oci.parse_index(data, self.where), self._want.platform, self.where)
+            chosen = oci.choose_platform(oci.parse_index(data, self.where), self._want.platform, self.where)
             data = self._document(stack, chosen, manifest=True)
             digest, index = chosen.digest, is_index(data, chosen.media_type, self.where)
         raise InputError(f"{self.where}: indexes nested more than {_NESTING_MAX} deep")
@@ -197,32 +196,6 @@ class _Meter:
         with self._lock:
             self._done[index] = done
             self._report(sum(self._done), self._total)
-
-
-def choose_platform(found: Sequence[oci.Descriptor], wanted: oci.Platform, where: str) -> oci.Descriptor:
-    """The descriptor for a platform; InputError says which platforms there are.
-
-    As containerd does it: of several, when no variant is asked for, the first of the architecture's base variant.
-    """
-    if len(found) == 1 and found[0].platform is None:  # the config will say
-        return found[0]
-    matching = [(item.platform.variant, item) for item in found if item.platform and item.platform.matches(wanted)]
-    if not matching:
-        names = sorted({str(item.platform) for item in found if item.platform and item.platform.os != "unknown"})
-        raise InputError(
-            f"{where}: no image for {wanted} in this index", hint=f"there are: {', '.join(map(quote, names)) or 'none'}"
-        )
-    base = ("", _BASE_VARIANTS.get(wanted.architecture, ""))
-    for variant, item in matching:
-        if wanted.variant or variant in base:
-            return item
-    variants = sorted({variant for variant, _ in matching})
-    if len(variants) > 1:
-        raise InputError(
-            f"{where}: {wanted} comes in {len(variants)} variants, none of them the ordinary one",
-            hint=f"--platform {wanted}/VARIANT: {', '.join(map(quote, variants))}",
-        )
-    return matching[0][1]
 
 
 def is_index(data: bytes, said: str, where: str) -> bool:

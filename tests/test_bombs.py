@@ -1,0 +1,35 @@
+"""Images that are refused only after a million members are refused in bounded memory and time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        ("long names", "take more than 335544320 bytes"),
+        ("attributes", "take more than 335544320 bytes"),
+        ("through a link", "all paths together"),
+        pytest.param("files", "take more than 335544320 bytes", marks=pytest.mark.slow),
+        ("directories", "no entry of their own"),
+        pytest.param("through many links", "too long to follow", marks=pytest.mark.slow),
+        pytest.param("empty", "more than 1000000 ", marks=pytest.mark.slow),
+        pytest.param("whiteouts", "take more than 335544320 bytes", marks=pytest.mark.slow),
+    ],
+)
+def test_a_million_members_are_refused_below_400_mb(kind: str, rule: str) -> None:
+    words = [sys.executable, "-m", "tests.bombs", kind]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, check=True, timeout=120)
+    found = json.loads(done.stdout)
+    assert rule in found["refusal"]
+    assert "\n" not in found["refusal"]
+    assert found["peak"] < 400_000_000
+    assert found["seconds"] < 60
