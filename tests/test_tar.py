@@ -164,7 +164,7 @@ BAD = {
         pax({"GNU.sparse.map": b"", "GNU.sparse.size": b"%d" % (1 << 62)}) + GOOD, "a file may have"),
     "a sparse directory": (pax({"GNU.sparse.map": b"", "GNU.sparse.size": b"0"}) + header(kind=b"5"), "none can be"),
     "a sparse map of version 2": (pax({"GNU.sparse.major": b"2"}) + GOOD, "unknown version"),
-    "a sparse map of an odd length": (pax({"GNU.sparse.map": b"1", "GNU.sparse.size": b"9"}) + GOOD, "number of pieces"),
+    "a sparse map of odd length": (pax({"GNU.sparse.map": b"1", "GNU.sparse.size": b"9"}) + GOOD, "number of pieces"),
     "a sparse map of words": (pax({"GNU.sparse.map": b"a,b", "GNU.sparse.size": b"9"}) + GOOD, "no number"),
     "a sparse map that never ends": (
         pax({"GNU.sparse.major": b"1", "GNU.sparse.minor": b"0", "GNU.sparse.realsize": b"9"})
