@@ -37,7 +37,7 @@ class Limits:
     xattr_bytes: int = 1 << 16  # one extended attribute's value; the kernel's own limit
     sparse_pieces: int = 1 << 16  # pieces between the holes of one sparse file
     trailing_bytes: int = 1 << 24  # after the end of an archive: padding of blocking factors, nothing else
-    ratio: int = 1100  # uncompressed to compressed, beyond 64 MiB; deflate cannot do better than 1032
+    ratio: int = 200  # uncompressed to compressed, beyond 512 MiB
     zstd_window_log: int = 27  # 128 MiB of memory while a zstd stream is read
 
 

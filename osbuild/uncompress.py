@@ -12,7 +12,7 @@ from osbuild.limits import Limits
 
 CHUNK: Final = 1 << 20
 _SLICE: Final = 1 << 14  # taken at a time: what follows a stream's end is copied, and streams can be very short
-_RATIO_FLOOR: Final = 64 << 20  # below this many bytes nobody minds
+_RATIO_FLOOR: Final = 512 << 20  # below this many bytes nobody minds
 
 
 def sniff(head: bytes) -> str:

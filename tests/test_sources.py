@@ -12,7 +12,6 @@ import socketserver
 import subprocess
 import tarfile
 import threading
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from osbuild.layers import flatten
 from osbuild.rootfs import settle
 from osbuild.sources import SOURCES
 from osbuild.tree import Tree
-from osbuild.uncompress import uncompressed
 from tests.fake_registry import serving
 from tests.layer_tools import archive, folder, hardlink, layer, link, member, opened, write_layout
 
@@ -291,52 +289,3 @@ def _zstd(data: bytes) -> bytes:
     compressor = zstd.compressor(3)
     packed: bytes = compressor.compress(data) + compressor.flush()
     return packed
-
-
-def _expand(data: bytes, kind: str, size: int = 1000) -> bytes:
-    return b"".join(uncompressed((data[at : at + size] for at in range(0, len(data), size)), kind, "here"))
-
-
-@pytest.mark.parametrize(("kind", "pack"), [("gzip", gzip.compress), ("zstd", _zstd)])
-class TestCompressedStreams:
-    def test_any_cutting_into_pieces_gives_the_same(self, kind: str, pack: Any) -> None:
-        data = bytes(range(256)) * 20_000
-        for size in (1, 7, 100_000):
-            assert _expand(pack(data[:50_000]), kind, size) == data[:50_000]
-        assert _expand(pack(data), kind) == data
-
-    def test_several_members_are_one_stream(self, kind: str, pack: Any) -> None:
-        assert _expand(pack(b"one") + pack(b"two"), kind) == b"onetwo"
-
-    def test_a_cut_is_noticed(self, kind: str, pack: Any) -> None:
-        with pytest.raises(InputError, match="cut off"):
-            _expand(pack(b"x" * 1000)[:-3], kind)
-
-    def test_nothing_at_all_is_a_cut(self, kind: str, pack: Any) -> None:
-        with pytest.raises(InputError, match="cut off"):
-            _expand(b"", kind)
-
-    def test_damage_is_noticed(self, kind: str, pack: Any) -> None:
-        data = bytearray(pack(bytes(range(256)) * 100))
-        data[len(data) // 2] ^= 0xFF
-        with pytest.raises(InputError, match=r"damaged|cut off"):
-            _expand(bytes(data), kind)
-
-
-def test_a_bomb_is_stopped_long_before_it_is_through() -> None:
-    bomb = _zstd(bytes(1 << 30))
-    sizes: list[int] = []
-    with pytest.raises(InputError, match="bomb"):
-        sizes.extend(len(piece) for piece in uncompressed([bomb], "zstd", "here"))
-    assert sum(sizes) < 256 << 20
-
-
-def test_the_worst_honest_gzip_is_no_bomb() -> None:
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    data = packer.compress(bytes(100 << 20)) + packer.flush()
-    assert sum(len(piece) for piece in uncompressed([data], "gzip", "here")) == 100 << 20
-
-
-def test_tarfile_agrees_on_what_docker_save_streams() -> None:
-    with tarfile.open(fileobj=io.BytesIO(save())) as tar:
-        assert "manifest.json" in tar.getnames()

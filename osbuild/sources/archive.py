@@ -19,6 +19,7 @@ from osbuild import oci, tree_index
 from osbuild.borrowed import Borrowed
 from osbuild.errors import HostError, InputError
 from osbuild.layers import Layer
+from osbuild.limits import Limits
 from osbuild.output import write_whole
 from osbuild.sources.image import SourceImage, Want, add_layer, checked_layer, finished, match_layers
 from osbuild.sources.members import Members, open_archive
@@ -59,7 +60,7 @@ def _read(backing: Backing, where: str, want: Want) -> tuple[SourceImage, bytes]
     match_layers(names, config, where)
     spool = Spool()
     layers = [
-        _layer(archive.content(_name(name, where)), spool, diff_id, where)
+        _layer(archive.content(_name(name, where)), spool, diff_id, where, want.limits)
         for name, diff_id in zip(names, config.diff_ids, strict=True)
     ]
     return finished(where, _digest(config_bytes), config, layers, want), config_bytes
@@ -96,10 +97,10 @@ def _digest(config: bytes) -> str:
     return f"sha256:{hashlib.sha256(config).hexdigest()}"
 
 
-def _layer(content: Slice, spool: Spool, diff_id: str, where: str) -> Layer:
+def _layer(content: Slice, spool: Spool, diff_id: str, where: str, limits: Limits) -> Layer:
     compression = sniff(content.spool.read(content.offset, min(4, content.size)))
     if compression != "none":
-        return add_layer(spool, content.chunks(), compression, diff_id, where)
+        return add_layer(spool, content.chunks(), compression, diff_id, where, limits)
     digest = hashlib.sha256()
     for data in content.chunks():
         digest.update(data)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 from osbuild import oci
 from osbuild.cache import Cache
@@ -15,8 +14,6 @@ from osbuild.spec import RegistrySpec
 from osbuild.tar import Limits
 from osbuild.tree import Backing, Spool, Tree
 from osbuild.uncompress import uncompressed
-
-LAYER_MAX: Final = 64 << 30  # bytes of one uncompressed layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,15 +42,17 @@ def finished(reference: str, digest: str, config: oci.ImageConfig, layers: Seque
     return SourceImage(reference=reference, digest=digest, config=config, tree=flatten(layers, want.limits))
 
 
-def add_layer(spool: Spool, chunks: Iterable[bytes], compression: str, diff_id: str, where: str) -> Layer:
+def add_layer(
+    spool: Spool, chunks: Iterable[bytes], compression: str, diff_id: str, where: str, limits: Limits
+) -> Layer:
     """Uncompress a layer into the spool, and believe it only if its sha256 is the diff_id."""
     start = spool.size
     digest = hashlib.sha256()
-    for data in uncompressed(chunks, compression, where):
+    for data in uncompressed(chunks, compression, where, limits):
         digest.update(data)
         spool.append(data)
-        if spool.size - start > LAYER_MAX:
-            raise InputError(f"{where}: a layer of more than {LAYER_MAX} bytes")
+        if spool.size > limits.image_bytes:
+            raise InputError(f"{where}: all layers have more than {limits.image_bytes} bytes when uncompressed")
     return checked_layer(spool, start, spool.size - start, digest.hexdigest(), diff_id, where)
 
 

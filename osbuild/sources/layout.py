@@ -46,7 +46,7 @@ def open_image(reference: oci.Reference, want: Want) -> SourceImage:
     match_layers(manifest.layers, config, where)
     spool = Spool()
     layers = [
-        add_layer(spool, _stream(files, layer, where), oci.LAYER_TYPES[layer.media_type], diff_id, where)
+        add_layer(spool, _stream(files, layer, where), oci.LAYER_TYPES[layer.media_type], diff_id, where, want.limits)
         for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True)
     ]
     return finished(where, descriptor.digest, config, layers, want)

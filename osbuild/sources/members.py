@@ -22,7 +22,6 @@ _LINKS: Final = 2  # followed for one name: one is what docker writes for a laye
 
 def open_archive(name: str, limits: tar.Limits) -> Backing:
     """The archive's bytes, uncompressed: the file itself where possible, else a copy. `-` is standard input."""
-    del limits  # of what a layer holds; the copy is bounded by the room there is, and by uncompress
     path = Path("/dev/stdin" if name == "-" else name)
     where = quote(name)
     try:
@@ -33,17 +32,17 @@ def open_archive(name: str, limits: tar.Limits) -> Backing:
                 return archive
         elif not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
             raise InputError(f"{where} is not a file")
-        return _copied(path, where)
+        return _copied(path, where, limits)
     except OSError as problem:
         raise InputError(f"cannot read {where}: {problem.strerror or problem}") from None
 
 
-def _copied(path: Path, where: str) -> Spool:
+def _copied(path: Path, where: str, limits: tar.Limits) -> Spool:
     spool = Spool()
     with _reading(path) as file:
         head = file.read(CHUNK)
         pieces = itertools.chain([head], iter(lambda: file.read(CHUNK), b""))
-        for data in uncompressed(pieces, sniff(head), where):
+        for data in uncompressed(pieces, sniff(head), where, limits):
             spool.append(data)
     return spool
 

@@ -54,7 +54,7 @@ def open_image(reference: oci.Reference, want: Want) -> SourceImage:
         with contextlib.closing(errands.in_order(jobs, ahead=_AHEAD)) as blobs:
             for blob, layer, diff_id in zip(blobs, found.manifest.layers, found.config.diff_ids, strict=True):
                 compression = oci.LAYER_TYPES[layer.media_type]
-                layers.append(add_layer(spool, blob.chunks(), compression, diff_id, pull.where))
+                layers.append(add_layer(spool, blob.chunks(), compression, diff_id, pull.where, want.limits))
     return finished(pull.where, found.digest, found.config, layers, want)
 
 
