@@ -93,10 +93,11 @@ def device(kind: int, permissions: int, major: int, minor: int, *, mtime_ns: int
 class Tree(Mapping[str, Entry]):
     """An immutable mapping from absolute path to inode, in the order of the paths; "/" is always there."""
 
-    __slots__ = ("_entries",)
+    __slots__ = ("_digest", "_entries")
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self._entries = {path: entries[path] for path in sorted(entries)}
+        self._digest = ""
 
     def __getitem__(self, path: str) -> Entry:
         return self._entries[path]
@@ -125,7 +126,12 @@ class Tree(Mapping[str, Entry]):
         return found
 
     def digest(self) -> str:
-        """sha256 in hex over everything that a guest could see: paths, inodes, hard links, bytes."""
+        """sha256 in hex over everything that a guest could see: paths, inodes, hard links, bytes. Computed once."""
+        if not self._digest:
+            self._digest = self._compute_digest()
+        return self._digest
+
+    def _compute_digest(self) -> str:
         total = hashlib.sha256()
         numbers: dict[Entry, int] = {}
         for path, entry in self._entries.items():

@@ -1,4 +1,4 @@
-"""Filesystem writers: one module and one row each. A tree is planned (its exact size), then written in one pass."""
+"""Filesystem writers and readers: one module and one row each. A tree is planned (its exact size), then written."""
 
 from __future__ import annotations
 
@@ -6,36 +6,38 @@ from collections.abc import Mapping
 from typing import Final, Protocol
 
 from osbuild.filesystem import ext4
+from osbuild.filesystem.base import NO_ROOM, Plan, Room, Volume
 from osbuild.tree import Tree
 
 
-class Plan(Protocol):
-    """A filesystem laid out in full, not written yet."""
-
-    @property
-    def size(self) -> int:
-        """Bytes that the filesystem takes, a multiple of 4096."""
-
-    @property
-    def uuid(self) -> str:
-        """The filesystem's UUID, made from all names, owners, times and sizes in it (not from the files' bytes)."""
-
-    def write(self, descriptor: int, offset: int) -> None:
-        """Write it at `offset` of an open file that reads as zeros there."""
-
-
 class Filesystem(Protocol):
-    """What a module must have to be a row."""
+    """What a module must have to be a row of FILESYSTEMS."""
 
-    def plan(self, tree: Tree, *, start: int, epoch: int) -> Plan:
-        """Lay a tree out.
+    def plan(self, tree: Tree, *, start: int, epoch: int, dax: bool = True, room: Room = NO_ROOM) -> Plan:
+        """Lay a tree out. InputError for what it cannot hold, SpecError for a wish it cannot fulfil.
 
         start: where the filesystem begins in the namespace that DAX maps (bytes), so that large files can be aligned.
         epoch: seconds since 1970 that stand wherever a filesystem wants to know when it was made.
+        dax: files are to be mapped where they lie; without it their tails may be packed.
         """
 
     def mount_words(self, *, dax: bool) -> tuple[str, ...]:
         """The kernel words that mount it read-only as root (contract: Kata's root parameters)."""
 
 
+class Reader(Protocol):
+    """What a module must have to be a row of READERS."""
+
+    def recognises(self, head: bytes) -> bool:
+        """Whether the first 4096 bytes look like this filesystem's."""
+
+    def read(self, descriptor: int, offset: int, size: int) -> Volume:
+        """Everything in the filesystem at `offset` of an open file, of which `size` bytes are there.
+
+        InputError when nothing can be made of it; smaller damage stands in Volume.problems.
+        """
+
+
 FILESYSTEMS: Final[Mapping[str, Filesystem]] = {"ext4": ext4}
+READERS: Final[Mapping[str, Reader]] = {}
+__all__ = ["FILESYSTEMS", "NO_ROOM", "READERS", "Filesystem", "Plan", "Reader", "Room", "Volume"]

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from osbuild.errors import InputError
+from osbuild.filesystem.base import NO_ROOM, Room
 from osbuild.tree import Content, Entry, Tree, quote, write_all
 
 BLOCK: Final = 4096
@@ -82,7 +83,7 @@ def mount_words(*, dax: bool) -> tuple[str, ...]:
     )
 
 
-def plan(tree: Tree, *, start: int, epoch: int) -> Plan:
+def plan(tree: Tree, *, start: int, epoch: int, dax: bool = True, room: Room = NO_ROOM) -> Plan:
     """Lay a tree out; InputError for what ext4 cannot hold. `start` is a multiple of 4096."""
     return _Layout(tree, start // BLOCK, epoch).finish()
 
