@@ -7,7 +7,6 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -81,6 +80,15 @@ def _shell(text: str) -> list[str]:
     return ["bash", "-ec", f"rm -rf l root; mkdir root; {text}"]
 
 
+# A process that was forked has its parent's memory at first, and is remembered for it: a small one starts the measured.
+_LAUNCHER = """
+import os, sys
+_, status, usage = os.wait4(os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ), 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def _measure(argv: list[str], work: Path, rounds: int, *, cold: bool) -> tuple[float, int]:
     """The median of the seconds, and the most memory of any round in MiB."""
     seconds = []
@@ -89,15 +97,10 @@ def _measure(argv: list[str], work: Path, rounds: int, *, cold: bool) -> tuple[f
         if cold:
             shutil.rmtree(work / "c", ignore_errors=True)
         began = time.monotonic()
-        with subprocess.Popen(argv, cwd=work, stdout=subprocess.DEVNULL) as child:
-            _, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
+        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *argv]
+        child = subprocess.run(launcher, cwd=work, stdout=subprocess.PIPE, check=False)
         seconds.append(time.monotonic() - began)
         if child.returncode != 0:
             raise SystemExit(f"bench: {argv[0]} failed")
-        most = max(most, _mebibytes(usage))
+        most = max(most, int(child.stdout.split()[-1]) // 1024)
     return statistics.median(seconds), most
-
-
-def _mebibytes(usage: resource.struct_rusage) -> int:
-    return usage.ru_maxrss // 1024
