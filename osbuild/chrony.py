@@ -9,9 +9,10 @@ import re
 from typing import Final
 
 from osbuild.resources import render
-from osbuild.rules import Outcome, Setting, applied, idle, lookup, read_text, rewrite
+from osbuild.rules import Outcome, Setting, applied, idle, rewrite
 from osbuild.systemd import ETC, find_unit
 from osbuild.tree import Draft, regular
+from osbuild.view import lookup, read_text
 
 CLOCK: Final = "/dev/ptp0"
 LINES: Final = (f"refclock PHC {CLOCK} poll 3 dpoll -2 offset 0", "makestep 1 -1")

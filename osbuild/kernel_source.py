@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from osbuild import command
 from osbuild.artifacts import File
 from osbuild.cache import Cache
 from osbuild.errors import BuildError, CommandError, HostError, InputError
+from osbuild.output import write_whole
 
 DEFAULT: Final = Path("/usr/src/linux-source-6.12.tar.xz")
 _PACKAGE: Final = "linux-source-6.12"
@@ -96,9 +96,8 @@ def _digest(tarball: Path, cache: Cache) -> str:
         if known["seen"] == seen:
             return str(known["sha256"])
     sha256 = File.of(tarball).sha256
-    with tempfile.NamedTemporaryFile("w", dir=record.parent, suffix=".json", delete=False) as file:
-        json.dump({"seen": seen, "sha256": sha256}, file)
-    Path(file.name).rename(record)
+    with contextlib.suppress(HostError):  # a cache that cannot be written to: measured again next time
+        write_whole(record, json.dumps({"seen": seen, "sha256": sha256}).encode())
     return sha256
 
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
 
 from osbuild.agent import Agent
-from osbuild.errors import InputError
 from osbuild.sources.image import SourceImage
 from osbuild.spec import RootfsSpec
-from osbuild.tree import Bytes, Draft, Entry, quote
-
-TEXT_MAX: Final = 1 << 20  # bytes of a configuration file that we read
+from osbuild.tree import Bytes, Draft
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,24 +54,6 @@ def applied(note: str = "", inputs: Mapping[str, str] | None = None) -> Outcome:
 def idle(why: str) -> Outcome:
     """The rule is not for this image, or nobody wished it."""
     return Outcome(applied=False, note=why)
-
-
-def lookup(draft: Draft, path: str) -> Entry | None:
-    """The inode that a path leads to, through every symbolic link; None where there is none."""
-    try:
-        return draft.get(draft.resolve(path))
-    except InputError:  # a loop
-        return None
-
-
-def read_text(draft: Draft, path: str) -> str | None:
-    """A small text file; None when there is no regular file. What is not UTF-8 in it survives being written back."""
-    entry = lookup(draft, path)
-    if entry is None or not entry.is_file:
-        return None
-    if entry.content.size > TEXT_MAX:
-        raise InputError(f"{quote(path)}: {entry.content.size} bytes; no configuration file is so large")
-    return b"".join(entry.content.chunks()).decode(errors="surrogateescape")
 
 
 def rewrite(draft: Draft, path: str, text: str, *, now: int) -> None:

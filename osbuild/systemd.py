@@ -17,8 +17,9 @@ from typing import Final
 from osbuild import agent
 from osbuild.errors import InputError
 from osbuild.resources import render
-from osbuild.rules import Outcome, Setting, applied, idle, lookup
+from osbuild.rules import Outcome, Setting, applied, idle
 from osbuild.tree import Draft, regular, symlink
+from osbuild.view import lookup
 
 PROGRAM: Final = f"/usr/bin/{agent.NAME}"  # where the agent lies when systemd starts it
 SERVICE: Final = "kata-agent.service"

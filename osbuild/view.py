@@ -7,7 +7,7 @@ import fnmatch
 from typing import Final
 
 from osbuild.errors import InputError
-from osbuild.tree import Bytes, Content, Entry, Slice, Tree, quote
+from osbuild.tree import Bytes, Content, Draft, Entry, Slice, Tree, quote
 
 TEXT_MAX: Final = 1 << 20  # bytes of a configuration file that we read
 _MATCHES_MAX: Final = 1000
@@ -35,6 +35,24 @@ def _skim(content: Content, offset: int, length: int) -> bytes:
     return bytes(found)
 
 
+def lookup(draft: Draft, path: str) -> Entry | None:
+    """The inode that a path leads to, through every symbolic link; None where there is none."""
+    try:
+        return draft.get(draft.resolve(path))
+    except InputError:  # a loop
+        return None
+
+
+def read_text(draft: Draft, path: str) -> str | None:
+    """A small text file; None when there is no regular file. What is not UTF-8 in it survives being written back."""
+    entry = lookup(draft, path)
+    if entry is None or not entry.is_file:
+        return None
+    if entry.content.size > TEXT_MAX:
+        raise InputError(f"{quote(path)}: {entry.content.size} bytes; no configuration file is so large")
+    return b"".join(entry.content.chunks()).decode(errors="surrogateescape")
+
+
 class View:
     """Lookups in one tree that does not change meanwhile. What an image makes impossible is simply not there."""
 
@@ -48,10 +66,7 @@ class View:
 
     def get(self, path: str) -> Entry | None:
         """The inode that a path leads to, or None."""
-        try:
-            return self._draft.get(self.real(path))
-        except InputError:
-            return None
+        return lookup(self._draft, path)
 
     def link(self, path: str) -> Entry | None:
         """The inode at a path itself: a symbolic link at its end is not followed."""
@@ -93,9 +108,4 @@ class View:
 
     def text(self, path: str) -> str | None:
         """A small text file; None where no regular file is. InputError when it is too large to be one."""
-        found = self.get(path)
-        if found is None or not found.is_file:
-            return None
-        if found.content.size > TEXT_MAX:
-            raise InputError(f"{quote(path)}: {found.content.size} bytes; no configuration file is so large")
-        return b"".join(found.content.chunks()).decode(errors="surrogateescape")
+        return read_text(self._draft, path)

@@ -10,8 +10,9 @@ from typing import Final
 
 from osbuild.errors import InputError
 from osbuild.host_files import read_host
-from osbuild.rules import Outcome, Setting, applied, idle, lookup
+from osbuild.rules import Outcome, Setting, applied, idle
 from osbuild.tree import Draft, Entry, Spool, Tree, quote, regular, symlink
+from osbuild.view import lookup
 
 MODULES: Final = "/lib/modules"
 HOOKS: Final = "/usr/share/oci/hooks"  # what guest_hook_path of Kata's configuration is set to

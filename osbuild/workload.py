@@ -20,8 +20,9 @@ from typing import Any, Final
 
 from osbuild.errors import InputError
 from osbuild.oci import ImageConfig, Json
-from osbuild.rules import Outcome, Setting, applied, idle, read_text
+from osbuild.rules import Outcome, Setting, applied, idle
 from osbuild.tree import ID_MAX, Draft, quote, regular
+from osbuild.view import read_text
 
 PATH: Final = "/var/lib/osbuilder/workload/config.json"
 VERSION: Final = "1.0.2"  # of the runtime-spec
