@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,15 +19,11 @@ from osbuild.artifacts import File, Initrd, Kernel
 from osbuild.cache import default_cache
 from osbuild.report import Verdict
 from osbuild.runtime.base import Machine
+from tests.elsewhere import Elsewhere, give_to_nobody, need_root
 from tests.layer_tools import archive, member, write_layout
 from tests.test_cli import OSBUILDER, one_line, run
 
 ROOT = Path(__file__).parent.parent
-
-NOBODY = (
-    "setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--no-new-privs", "--inh-caps=-all",
-    "--bounding-set=-all",
-)  # fmt: skip
 
 pytestmark = pytest.mark.boot
 
@@ -206,36 +201,24 @@ def test_an_interrupted_build_leaves_no_guest_and_no_proof_behind(
 def test_nobody_without_docker_and_kvm_can_do_it_too(
     built: tuple[Path, dict[str, Any]], busybox: Path, tmp_path: Path
 ) -> None:
-    if os.getuid() != 0:
-        pytest.skip("only root can become nobody; everybody else has just shown it")
-    python = _python_for_nobody()
-    # What a shared, read-only cache holds: the finished kernel and agent.
-    home = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
+    need_root()
+    work = Path(tempfile.mkdtemp(dir="/tmp"))
     try:
+        there = Elsewhere.at(work)
+        # What a shared, read-only cache holds: the finished kernel and agent.
         for kind in ("kernel", "agent"):
             source = default_cache().root / "v1" / kind
-            shutil.copytree(source, home / "cache/v1" / kind, ignore=shutil.ignore_patterns("staging-*", "*.bad-*"))
-        shutil.copytree(busybox, home / "image")
-        code = home / "code"
-        for name in ("osbuild", "agent", "kernel-configs", "patches", "templates"):
-            shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copytree(_site_packages(), home / "site", ignore=shutil.ignore_patterns("__pycache__", "*.pth"))
-        subprocess.run(["chown", "-R", "nobody:nogroup", str(home)], check=True)
-        home.chmod(0o755)
-        command = [
-            *NOBODY,
-            "env", "-i", "PATH=/usr/bin:/bin", f"HOME={home}", f"OSBUILDER_CACHE={home}/cache",
-            f"PYTHONPATH={code}:{home}/site", "DOCKER_HOST=unix:///nonexistent", f"TMPDIR={home}",
-            str(python), "-c", "from osbuild.cli import main; main()",
-            "build", f"oci:{home}/image", "-o", f"{home}/out", "--json", "--quiet",
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=home)
+            shutil.copytree(source, work / "cache/v1" / kind, ignore=shutil.ignore_patterns("staging-*", "*.bad-*"))
+        shutil.copytree(busybox, work / "image")
+        give_to_nobody(work)
+        words = ("build", f"oci:{work}/image", "-o", f"{work}/out", "--json", "--quiet")
+        done = subprocess.run(there.command(*words, work=work), capture_output=True, text=True, check=False, cwd=work)
         assert done.returncode == 0, done.stderr + done.stdout
         told = json.loads(done.stdout)
         assert {boot["verdict"] for boot in told["smoke"]["boots"]} == {"passed"}
         assert told["manifest"] == built[1]["manifest"], "the same bytes, whoever builds"
     finally:
-        shutil.rmtree(home, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _guests_of(out: Path) -> list[str]:
@@ -250,17 +233,3 @@ def _guests_of(out: Path) -> list[str]:
             if line.startswith(("/usr/bin/qemu", "qemu")) and str(out) in line:
                 found.append(line)
     return found
-
-
-def _site_packages() -> Path:
-    return Path(pytest.__file__).parent.parent
-
-
-def _python_for_nobody() -> Path:
-    """An interpreter of our version that an unprivileged user may execute: ours may be in root's home."""
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    for candidate in (Path(sys.executable).resolve(), Path("/usr/bin") / version, Path("/usr/local/bin") / version):
-        tried = subprocess.run([*NOBODY, "env", "-i", str(candidate), "-c", "pass"], capture_output=True, check=False)
-        if tried.returncode == 0:
-            return candidate
-    pytest.skip(f"no {version} that an unprivileged user may run")
