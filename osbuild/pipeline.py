@@ -12,7 +12,7 @@ from typing import Any, Final
 from osbuild import manifest, smoke
 from osbuild.agent import build_agent
 from osbuild.arch import MIB
-from osbuild.artifacts import DiskImage, Initrd, Kernel, Rootfs
+from osbuild.artifacts import DiskImage, File, Initrd, Kernel, Rootfs
 from osbuild.bootable import Problem, problems, workload_problems
 from osbuild.cache import Cache
 from osbuild.console import Show, size_text
@@ -25,13 +25,15 @@ from osbuild.nvdimm_image import FILESYSTEM_START, build_nvdimm_image
 from osbuild.oci import Platform
 from osbuild.report import Report, SmokeReport, Verdict
 from osbuild.rootfs import Explained, assemble_rootfs, explain
+from osbuild.runtime import RUNTIMES
 from osbuild.runtime.base import Machine, least_memory
 from osbuild.sources import open_image
 from osbuild.sources.image import SourceImage, Want
 from osbuild.spec import BuildSpec, GuestSpec
 from osbuild.workload import workload
-from osbuild.workspace import copy_file, locked, sweep, workspace
+from osbuild.workspace import copy_file, locked, make_room, replace_outputs, workspace
 
+VMM: Final = "qemu"
 _LEAST_MEMORY_MIB: Final = 256  # the least Kata gives a guest
 
 
@@ -47,19 +49,25 @@ class Build:
 def build(spec: BuildSpec, cache: Cache, show: Show) -> Build:
     """All of it. The report says whether the guests were right; everything else that goes wrong is raised.
 
-    What an earlier build left in the directory goes when everything that goes into this one is there, not before.
+    What an earlier build left in the directory goes when all of this one is there, not before.
     """
     with workspace(spec.out) as out:
+        if spec.smoke:
+            RUNTIMES[VMM].ready(spec.arch, spec.guest.accel)
         image = open_source(spec, cache, show)
         rootfs = make_rootfs(spec, image, cache, show)
         kernel = make_kernel(spec, cache, show)
-        sweep(out)
-        kernel = copy_kernel(kernel, out)
+        new = make_room(out)
+        kernel = copy_kernel(kernel, new)
         roots: dict[str, DiskImage | Initrd] = {}
         if "image" in spec.kinds:
-            roots["image"] = make_image(spec, rootfs, out / NAMES["image"], show)
+            roots["image"] = make_image(spec, rootfs, new / NAMES["image"], show)
         if "initrd" in spec.kinds:
-            roots["initrd"] = make_initrd(spec, rootfs, out / NAMES["initrd"], show)
+            roots["initrd"] = make_initrd(spec, rootfs, new / NAMES["initrd"], show)
+        if spec.smoke:
+            check_guests(spec.guest, kernel, roots)
+        replace_outputs(out)
+        kernel, roots = moved(kernel, roots, out)
         report = boot_all(spec.guest, kernel, roots, out, rootfs.agent, show) if spec.smoke else None
         manifest.write_lock(out, spec, rootfs, kernel, image)
         document = manifest.write(out, rootfs, kernel, roots, image)
@@ -172,6 +180,20 @@ def copy_kernel(kernel: Kernel, out: Path) -> Kernel:
     )
 
 
+def moved(
+    kernel: Kernel, roots: Mapping[str, DiskImage | Initrd], out: Path
+) -> tuple[Kernel, dict[str, DiskImage | Initrd]]:
+    """The same files under their names in another directory."""
+
+    def there(file: File) -> File:
+        return dataclasses.replace(file, path=out / file.path.name)
+
+    kernel = dataclasses.replace(
+        kernel, vmlinux=there(kernel.vmlinux), vmlinuz=there(kernel.vmlinuz), config=there(kernel.config)
+    )
+    return kernel, {name: dataclasses.replace(root, file=there(root.file)) for name, root in roots.items()}
+
+
 def boot_all(
     wishes: GuestSpec, kernel: Kernel, roots: Mapping[str, DiskImage | Initrd], out: Path, agent: str, show: Show
 ) -> Report:
@@ -186,15 +208,24 @@ def boot(
     wishes: GuestSpec, kernel: Kernel, name: str, root: DiskImage | Initrd, out: Path, agent: str, show: Show
 ) -> SmokeReport:
     """Boot one root and ask its agent; a guest that fails is a report, not an error."""
-    machine = Machine(
-        kernel=kernel, root=root, memory_mib=wishes.memory_mib or memory_for(root, kernel), cpus=wishes.cpus,
-        accel=wishes.accel, agent=agent,
-    )  # fmt: skip
+    machine = dataclasses.replace(machine_for(wishes, kernel, root), agent=agent)
     with show.step(f"booting the {name}", name=f"boot {name}") as step:
         report = smoke.run(machine, out / "smoke" / name, name=name, seconds=wishes.seconds)
         step.bad = report.verdict is not Verdict.passed
         step.note = f"{report.verdict}: {report.reason}" if step.bad else report.accel.name
     return report
+
+
+def check_guests(wishes: GuestSpec, kernel: Kernel, roots: Mapping[str, DiskImage | Initrd]) -> None:
+    """Everything about the guests that can be known without them; raised while the last build is still there."""
+    for root in roots.values():
+        RUNTIMES[VMM].refuse_what_cannot_boot(machine_for(wishes, kernel, root))
+
+
+def machine_for(wishes: GuestSpec, kernel: Kernel, root: DiskImage | Initrd) -> Machine:
+    """What to boot, as large as it was asked for, or as it needs."""
+    memory = wishes.memory_mib or memory_for(root, kernel)
+    return Machine(kernel=kernel, root=root, memory_mib=memory, cpus=wishes.cpus, accel=wishes.accel)
 
 
 def memory_for(root: DiskImage | Initrd, kernel: Kernel) -> int:

@@ -1,4 +1,8 @@
-"""The directory that a build fills: ours alone while we work, and emptied only of what an earlier build left."""
+"""The directory that a build fills: ours alone while we work, and emptied only of what an earlier build left.
+
+OUT/.new    everything is made here first
+OUT         gets it, in place of the earlier build, when all of it is there: a build that cannot be costs nothing
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,8 @@ from osbuild.tree import copy_range, quote
 
 MARK: Final = ".osbuilder"  # made before the first output, so that what a killed build left is known for what it is
 _FILES: Final = frozenset((*NAMES.values(), "vmlinux", "vmlinuz", "config", MANIFEST, LOCK, MARK))
-_DIRECTORIES: Final = frozenset(("smoke",))
+_NEW: Final = ".new"
+_DIRECTORIES: Final = frozenset(("smoke", _NEW))
 
 
 @contextlib.contextmanager
@@ -35,7 +40,8 @@ def workspace(out: Path) -> Iterator[Path]:
     try:
         with locked(out):
             _refuse_what_is_not_ours(out)
-            yield out.absolute()
+            with _marked(out):
+                yield out.absolute()
     finally:
         if made:
             with contextlib.suppress(OSError):
@@ -58,15 +64,44 @@ def locked(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def sweep(out: Path) -> None:
-    """Take away what an earlier build left, its manifest first: from then on nothing here is proof of anything."""
+@contextlib.contextmanager
+def _marked(out: Path) -> Iterator[None]:
+    """The mark while we work, and for as long as anything of ours is there; nothing unfinished afterwards."""
+    if not (out / MARK).exists():
+        write_whole(out / MARK, b"osbuilder writes here; the next build removes what this one made\n")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(out / _NEW, ignore_errors=True)
+            if os.listdir(out) == [MARK]:
+                (out / MARK).unlink()
+
+
+def make_room(out: Path) -> Path:
+    """An empty directory beside the outputs of the last build, for those of this one."""
+    new = out / _NEW
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    return new
+
+
+def replace_outputs(out: Path) -> None:
+    """Put what was made in place of what an earlier build left.
+
+    Its manifest goes first: from then on nothing here is proof of anything.
+    """
     (out / MANIFEST).unlink(missing_ok=True)
-    write_whole(out / MARK, b"osbuilder writes here; the next build removes what this one made\n")
     for name in os.listdir(out):
+        if name in (_NEW, MARK):
+            continue
         if name in _DIRECTORIES:
             shutil.rmtree(out / name)
-        elif name != MARK:
+        else:
             (out / name).unlink()
+    for path in sorted((out / _NEW).iterdir()):
+        path.rename(out / path.name)
+    (out / _NEW).rmdir()
     sync(out)
 
 

@@ -98,6 +98,26 @@ def test_a_typo_does_not_cost_the_last_build(built: tuple[Path, dict[str, Any]],
     assert run("smoke", str(out), "--quiet").returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(("--accel", "kvm"), 4), (("--memory", "64", "--make", "initrd"), 2)],
+    ids=["no KVM", "too little memory"],
+)
+def test_a_guest_that_cannot_be_does_not_cost_the_last_build(
+    words: tuple[str, ...], code: int, built: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(built[0], out)
+    before = sorted(path.name for path in out.iterdir())
+    write_layout(tmp_path / "large", [archive(member("noise", os.urandom(40 << 20)))])
+    done = run("build", f"oci:{tmp_path}/large", "-o", str(out), "--quiet", *words)
+    if "kvm" in words and done.returncode == 0:
+        pytest.skip("KVM is of use here")
+    assert done.returncode == code, done.stderr
+    assert sorted(path.name for path in out.iterdir()) == before
+    assert run("smoke", str(out), "--quiet").returncode == 0
+
+
 def test_a_build_that_never_began_leaves_no_directory(tmp_path: Path) -> None:
     assert run("build", "oci:/no/such/layout", "-o", str(tmp_path / "out"), "--quiet").returncode == 3
     assert not (tmp_path / "out").exists()

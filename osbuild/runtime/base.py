@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
+from osbuild.arch import Arch
 from osbuild.artifacts import DiskImage, Initrd, Kernel
 from osbuild.runtime.accel import Accel
 
@@ -75,7 +76,15 @@ class Guest:
 
 
 class Runtime(Protocol):
-    """A VMM. A module with this function and a row in RUNTIMES is one."""
+    """A VMM. A module with these functions and a row in RUNTIMES is one."""
+
+    def ready(self, arch: Arch, wish: str) -> tuple[Path, Accel]:
+        """The VMM's program, and what its guests run on; HostError when this host lacks it."""
+        ...
+
+    def refuse_what_cannot_boot(self, machine: Machine) -> None:
+        """SpecError for a machine of which it can be known, before it is started, that it cannot work."""
+        ...
 
     def start(self, machine: Machine, work: Path) -> AbstractContextManager[Guest]:
         """Start the machine; at the end of the block nothing of it is left but the files in `work`.

@@ -52,10 +52,8 @@ _TCG_WORDS: Final = ("nolapic_timer",)
 @contextlib.contextmanager
 def start(machine: Machine, work: Path) -> Iterator[Guest]:
     """Start QEMU as `machine`; the console and QEMU's log are in `work`, and stay there."""
-    arch = find_arch(machine.arch)
     refuse_what_cannot_boot(machine)
-    qemu = Path(command.find(arch.qemu, package="qemu-system-x86"))
-    chosen = accel.choose(machine.accel, arch, qemu, cache=_cache())
+    qemu, chosen = ready(find_arch(machine.arch), machine.accel)
     console, log = (work / CONSOLE).absolute(), (work / LOG).absolute()
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -72,6 +70,12 @@ def start(machine: Machine, work: Path) -> Iterator[Guest]:
             yield Guest(
                 process=process, console=console, log=log, agent=agent, command=argv, accel=chosen, started=began
             )
+
+
+def ready(arch: Arch, wish: str) -> tuple[Path, accel.Accel]:
+    """The program, and the accelerator for a wish of accel.CHOICES; HostError when this machine has no such thing."""
+    qemu = Path(command.find(arch.qemu, package="qemu-system-x86"))
+    return qemu, accel.choose(wish, arch, qemu, cache=_cache())
 
 
 def arguments(machine: Machine, *, console: Path, agent: Path, accel: str, sandbox: bool = True) -> tuple[str, ...]:
