@@ -1,14 +1,18 @@
 """The words of the command line and of osbuild.toml: one table for both, and the specs they come to.
 
+    image = "oci:debian"         the argument
     fs = "ext4"                  what --fs says
     [rootfs]
-    add = ["motd:/etc/motd"]     what --add says, as often as it may be given; paths are relative to the file
+    add = ["motd:/etc/motd"]     what --add says, as often as it may be given
+
+All paths in a file are relative to the file.
 
 A word on the command line wins over the same word in the file; of words that may be given again, both count.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import re
@@ -84,6 +88,7 @@ _TABLES: Final = frozenset(option.table for option in OPTIONS) - {""}
 _TYPES: Final = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
 _METAVARS: Final = {str: "WORD", int: "N", float: "SECONDS", Path: "PATH", list: "TEXT"}
 _CONFIG: Final = "osbuild.toml"
+_OF_FILES: Final = frozenset(("docker-archive", "oci", "dir"))  # sources that name a path
 
 
 def takes(*groups: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -95,7 +100,8 @@ def takes(*groups: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         @functools.wraps(function)
         def command(*, config: Path | None, **values: Any) -> None:
             given = {row.name: values.pop(name) for name, row in rows.items()}
-            given = {name: value for name, value in given.items() if value not in (None, [], False)}
+            given = {name: value for name, value in given.items() if value is not None and value != []}
+            given = {name: value for name, value in given.items() if value is not False}
             function(words=merged(read_config(config) if config else {}, given), **values)
 
         own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "words"]
@@ -121,9 +127,7 @@ def read_config(path: Path) -> Words:
         raise SpecError(f"{where} is not TOML: {problem}") from None
     found: dict[str, Any] = {}
     for key, value in document.items():
-        if key == "image" and isinstance(value, str):
-            found[key] = value
-        elif key in _TABLES and isinstance(value, dict):
+        if key in _TABLES and isinstance(value, dict):
             for name, inner in value.items():
                 found[name] = _checked(name, inner, key, path)
         else:
@@ -143,6 +147,9 @@ def image_of(argument: str, words: Words) -> str:
     """Which image: the argument, or the file's; empty when a recipe makes it."""
     if argument and "recipe" in words:
         raise SpecError(f"both an image, {quote(argument)}, and a recipe, {quote(words['recipe'])}", hint="give one")
+    lost = [option.name for option in OPTIONS if option.group == "recipe" and option.name in words]
+    if lost and "recipe" not in words:
+        raise SpecError(f"--{lost[0]} is for a recipe, and none is named", hint="--recipe debian, or leave it out")
     image = argument or ("" if "recipe" in words else str(words.get("image", "")))
     if not image and "recipe" not in words:
         raise SpecError("no image is named", hint='IMAGE, or --recipe, or image = "…" in osbuild.toml')
@@ -175,7 +182,9 @@ def arch_of(words: Words, platform: Platform | None = None) -> Arch:
     if "arch" in words:
         arch = find_arch(words["arch"])
         if platform is not None and platform.architecture != arch.oci:
-            raise SpecError(f"a {arch.name} guest cannot be made of an image for {platform}", hint="give one of them")
+            raise SpecError(
+                f"no guest of {arch.name} can be made of an image for {platform}", hint="give --arch or --platform"
+            )
         return arch
     return find_arch(platform.architecture) if platform is not None else host_arch()
 
@@ -227,27 +236,64 @@ def limits(words: Words) -> Limits:
 def _addition(text: str) -> Addition:
     source, _, target = text.rpartition(":")
     if not source or not target.startswith("/"):
-        raise SpecError(f"nothing to add in {quote(text)}", hint="SOURCE:TARGET, the target an absolute path")
+        raise SpecError(f"nothing can be added by {quote(text)}", hint="SOURCE:TARGET, the target an absolute path")
     return Addition(source=Path(source), target=target)
 
 
 def _checked(name: str, value: Any, table: str, path: Path) -> Any:
     """One value of the file as the command line would have given it; paths are relative to the file."""
     where = f"{quote(str(path))}: " + (f"[{table}] " if table else "") + quote(name)
+    if name == "image" and not table:
+        if not isinstance(value, str):
+            raise SpecError(f"{where} is not text", hint='image = "oci:debian"')
+        return _relative(value, path.parent)
+    if name in _TABLES and not table:
+        raise SpecError(f"{where} is a table", hint=f"[{name}], and its words in lines of their own")
     known = {option.name: option for option in OPTIONS if option.table == table}
     if name not in known:
-        raise SpecError(f"{where} is no word of ours", hint=f"there are: {', '.join(sorted(known))}")
-    option = known[name]
+        raise SpecError(f"{where} is no word of ours", hint=_known_words(name, table))
+    found = _value(known[name], value, path, where)
+    try:
+        build_spec("", Path(), {name: found}, epoch=0)  # alone, so that what is wrong is wrong with this one
+    except SpecError as problem:
+        raise SpecError(f"{where}: {problem}", hint=problem.hint) from None
+    return found
+
+
+def _value(option: Option, value: Any, path: Path, where: str) -> Any:
     if option.kind is list:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise SpecError(f"{where} is not a list of texts")
-        return [str(path.parent / item) for item in value] if name == "add" else value
+            raise SpecError(f"{where} is not a list of texts", hint=f'{option.name} = ["…"]')
+        return [str(path.parent / item) for item in value] if option.name == "add" else value
     kind: type = str if option.kind is Path else option.kind
     if isinstance(value, int) and not isinstance(value, bool) and kind is float:
         value = float(value)
     if type(value) is not kind:
         raise SpecError(f"{where} is not {_TYPES[option.kind]}")
     return path.parent / str(value) if option.kind is Path else value
+
+
+def _relative(image: str, home: Path) -> str:
+    """An image's name with its path relative to `home`."""
+    transport, colon, path = image.partition(":")
+    if transport in _OF_FILES and path != "-":
+        return f"{transport}{colon}{home / path}"
+    return image
+
+
+def _known_words(name: str, table: str) -> str:
+    """What the user may have meant, or what there is."""
+    words = sorted(option.name for option in OPTIONS if option.table == table)
+    everywhere = {option.name: option.table for option in OPTIONS} | ({} if table else {"image": ""})
+    if name in everywhere:
+        home = everywhere[name]
+        return f"it belongs into [{home}]" if home else "it belongs to the top of the file"
+    here = [*words, *(() if table else ("image", *sorted(_TABLES)))]
+    near = difflib.get_close_matches(name, here, n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    tables = "" if table else f"; and the tables {', '.join(sorted(_TABLES))}"
+    return f"there are: {', '.join(words if table else ['image', *words])}{tables}"
 
 
 def _identifier(option: Option) -> str:

@@ -65,10 +65,12 @@ def written(tmp_path: Path, text: str) -> Path:
 def test_a_file_can_say_every_word_there_is(tmp_path: Path) -> None:
     words = dict(read_config(written(tmp_path, EVERY)))
     assert set(words) == {option.name for option in options.OPTIONS} | {"image"}
-    del words["recipe"]  # it and an image exclude each other
     assert options.recipe_words(words)["packages"] == ("socat",)
+    for option in options.OPTIONS:
+        if option.group == "recipe":  # it and an image exclude each other
+            del words[option.name]
     spec = build_spec(image_of("", words), tmp_path / "out", words)
-    assert (spec.image, spec.kinds, spec.smoke, spec.compress) == ("oci:layout", ("image",), False, "gzip")
+    assert (spec.image, spec.kinds, spec.smoke, spec.compress) == (f"oci:{tmp_path}/layout", ("image",), False, "gzip")
     assert (spec.features, spec.kernel_source) == (("xfs",), tmp_path / "linux.tar.xz")
     assert spec.limits.entries == 5
     assert (spec.guest.memory_mib, spec.guest.cpus, spec.guest.accel, spec.guest.seconds) == (512, 2, "tcg", 9.0)
@@ -104,8 +106,12 @@ def test_the_command_line_wins_and_lists_add_up(tmp_path: Path) -> None:
         ("[guest]\ntimeout = 'long'", "[guest] 'timeout' is not a number"),
         ("[rootfs]\nadd = 'a:/b'", "[rootfs] 'add' is not a list of texts"),
         ("[rootfs]\nadd = [1]", "[rootfs] 'add' is not a list of texts"),
-        ("image = 3", "'image' is no word of ours"),
-        ("rootfs = 3", "'rootfs' is no word of ours"),
+        ("image = 3", "'image' is not text"),
+        ("rootfs = 3", "'rootfs' is a table"),
+        ("[rootfs]\ninit = 'sysv'", "[rootfs] 'init': no init 'sysv'"),
+        ("[rootfs]\nadd = ['motd']", "[rootfs] 'add': nothing can be added by"),
+        ("[registry]\nmirror = ['docker.io']", "[registry] 'mirror': no mirror 'docker.io'"),
+        ("[guest]\ncpus = 0", "[guest] 'cpus': a guest cannot have 0 processors"),
         ("= 3", "is not TOML"),
         ("x = '\udcff'", "is not TOML"),
     ],
@@ -117,6 +123,37 @@ def test_a_file_is_refused_with_table_and_word(text: str, says: str, tmp_path: P
         read_config(path)
     assert says in str(caught.value)
     assert "osbuild.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("imag = 'oci:x'", "did you mean image?"),
+        ("[rootfz]\ninit = 'agent'", "did you mean rootfs?"),
+        ("[guest]\nfs = 'ext4'", "it belongs to the top of the file"),
+        ("memory = 512", "it belongs into [guest]"),
+        ("zzz = 1", "and the tables guest, kernel, recipe, registry, rootfs"),
+        ("rootfs = 3", "[rootfs], and its words in lines of their own"),
+    ],
+)
+def test_a_word_that_is_none_is_told_what_was_meant(text: str, hint: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecError) as caught:
+        read_config(written(tmp_path, text))
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("transport", ["oci", "dir", "docker-archive"])
+def test_an_image_is_relative_to_the_file_that_names_it(transport: str, tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    words = read_config(written(tmp_path / "below", f'image = "{transport}:../x"'))
+    assert words["image"] == f"{transport}:{tmp_path}/below/../x"
+    for name in ("docker-daemon:debian:12", "docker://debian", "debian:12", "docker-archive:-"):
+        assert read_config(written(tmp_path, f'image = "{name}"'))["image"] == name
+
+
+def test_recipe_words_want_a_recipe() -> None:
+    with pytest.raises(SpecError, match="--release is for a recipe"):
+        image_of("oci:x", {"release": "trixie"})
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
