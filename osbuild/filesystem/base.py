@@ -32,6 +32,10 @@ class Plan(Protocol):
     def uuid(self) -> str:
         """The filesystem's UUID, made from `Tree.digest()`: from everything in it, the files' bytes too."""
 
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Paths that are not in it: sockets, on which nothing listens in an image."""
+
     def write(self, descriptor: int, offset: int) -> None:
         """Write it at `offset` of an open file that reads as zeros there."""
 
@@ -45,6 +49,19 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """A part of a filesystem that no path names, and what its bytes are called: so that a difference has a name."""
+
+    offset: int  # in the filesystem
+    size: int
+    name: str
+    of: str = ""  # what each of the records is that it consists of: "inode", "group"; empty: it is one record
+    record: int = 0  # bytes of one
+    first: int = 0  # number of the first
+    fields: tuple[tuple[str, int, int], ...] = ()  # of a record: name, offset in it, bytes; in order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Volume:
     """A filesystem that was read: what is in it, where, and what is wrong with it."""
 
@@ -54,3 +71,4 @@ class Volume:
     facts: Mapping[str, str]  # everything else that its superblock says, for people and for comparison: field -> value
     places: Mapping[str, Place]  # path -> where
     problems: tuple[str, ...] = field(default=())  # a sentence each
+    regions: tuple[Region, ...] = ()  # in order, apart
