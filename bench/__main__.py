@@ -1,6 +1,7 @@
 """osbuilder beside what it replaces, on the same content, in one run, as ratios: python -m bench [--rounds N] [--json]
 
-Rows are interleaved and repeated; each number is a median. Boots use software emulation, which every machine has.
+Rows are interleaved and repeated; each number is a median. Some 40 GB are written below $TMPDIR, and removed. Boots use
+software emulation, which every machine has.
 """
 
 from __future__ import annotations
@@ -8,22 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from bench.reading import measure_reading
+from bench.writers import measure_writers, show_writers
 from osbuild.agent import build_agent
 from osbuild.arch import X86_64
 from osbuild.artifacts import DiskImage, Initrd, Rootfs
 from osbuild.cache import default_cache
-from osbuild.command import find
 from osbuild.filesystem import FILESYSTEMS
 from osbuild.initrd import build_initrd
 from osbuild.kernel import build_kernel, default_spec
@@ -38,8 +35,6 @@ from osbuild.sources import open_image
 from osbuild.sources.image import Want
 
 WANT = Want(platform=Platform(os="linux", architecture=X86_64.oci), cache=default_cache())
-FILES = 10_000
-BYTES = 200 << 20
 ROOT = Path(__file__).parent.parent
 
 
@@ -56,77 +51,6 @@ def main() -> None:
         json.dump(results, sys.stdout, indent=2)
     else:
         show(results)
-
-
-def make_content(root: Path) -> None:
-    """200 MB in 10,000 files of 200 directories: half words, half noise, sizes as in a distribution's packages."""
-    source = random.Random(1)
-    words = [bytes(source.randrange(97, 123) for _ in range(source.randrange(2, 11))) for _ in range(4000)]
-    noise = source.randbytes(4 << 20)
-    weights = [source.paretovariate(1.1) for _ in range(FILES)]
-    scale = BYTES / sum(min(weight, 400) for weight in weights)
-    for number, weight in enumerate(weights):
-        size = int(min(weight, 400) * scale)
-        if number % 2:
-            data = b" ".join(source.choices(words, k=size // 6 + 1))[:size]
-        else:
-            start = source.randrange(1 << 20)
-            data = (noise[start:] * (size // (3 << 20) + 1))[:size]
-        path = root / f"usr/lib/package-{number % 200:03}/file-{number:05}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-
-def measure_writers(work: Path, rounds: int) -> list[dict[str, object]]:
-    """Tree to image and tree to initramfs; the others start from an unpacked copy, which they need and we do not."""
-    unpacked = work / "unpacked"
-    make_content(unpacked)
-    with tarfile.open(work / "rootfs.tar", "w") as tar:
-        tar.add(unpacked, arcname=".")
-    layout = work / "layout"
-    subprocess.run(
-        [str(ROOT / "scripts/oci-layout"), str(work / "rootfs.tar"), str(layout), "bench:latest"], check=True
-    )
-    image = open_image(f"oci:{layout}", WANT)
-    rootfs = assemble_rootfs(image, build_agent(X86_64, default_cache()), epoch=0)
-    filesystem = FILESYSTEMS["ext4"]
-
-    def ours_image() -> None:
-        plan = filesystem.plan(rootfs.tree, start=FILESYSTEM_START, epoch=0)
-        build_nvdimm_image(filesystem, plan, work / "ours.img", name="ext4")
-
-    def mke2fs() -> None:
-        shell(
-            f"rm -f theirs.img; {find('mke2fs')} -q -t ext4 -b 4096 -O ^has_journal -d unpacked theirs.img 300M;"
-            " sync theirs.img"
-        )
-
-    def ours_initrd() -> None:
-        build_initrd(rootfs, work / "ours.initrd")
-
-    def shell(text: str) -> None:
-        subprocess.run(["bash", "-o", "pipefail", "-ec", text], cwd=work, check=True)
-
-    cpio = "cd unpacked; find . | LC_ALL=C sort | cpio -o -H newc --quiet"
-    rows = race(
-        {
-            "tree to DAX image (ours)": ours_image,
-            "mke2fs -d": mke2fs,
-            "tree to initramfs, zstd (ours)": ours_initrd,
-            "find | cpio | zstd -T2 -3": lambda: shell(f"({cpio}) | zstd -q -T2 -3 -f -o theirs.zst; sync theirs.zst"),
-            "find | cpio | gzip -9": lambda: shell(f"({cpio}) | gzip -9 > theirs.gz; sync theirs.gz"),
-        },
-        rounds,
-    )
-    sizes = {
-        "tree to DAX image (ours)": "ours.img", "mke2fs -d": "theirs.img",
-        "tree to initramfs, zstd (ours)": "ours.initrd", "find | cpio | zstd -T2 -3": "theirs.zst",
-        "find | cpio | gzip -9": "theirs.gz",
-    }  # fmt: skip
-    return [
-        {"what": what, "seconds": seconds, "bytes": (work / sizes[what]).stat().st_blocks * 512}
-        for what, seconds in rows.items()
-    ]
 
 
 def measure_boots(work: Path, rounds: int) -> list[dict[str, object]]:
@@ -177,20 +101,8 @@ def guest_moment(report: SmokeReport) -> float:
     return next(event.guest for event in report.timeline if event.name == "agent started" and event.guest is not None)
 
 
-def race(rows: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Medians of interleaved rounds, after one that warms the caches."""
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    for number in range(rounds + 1):
-        for name, action in rows.items():
-            began = time.perf_counter()
-            action()
-            if number:
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(taken) for name, taken in times.items()}
-
-
 def show(results: dict[str, list[dict[str, object]]]) -> None:
-    print(f"content: {BYTES >> 20} MiB in {FILES} files; {os.cpu_count()} processors; medians\n")
+    print(f"{os.cpu_count()} processors; medians\n")
     show_reading(results.get("reading", []))
     show_writers(results.get("writers", []))
     show_boots(results.get("boots", []))
@@ -199,19 +111,6 @@ def show(results: dict[str, list[dict[str, object]]]) -> None:
 def show_reading(rows: list[dict[str, object]]) -> None:
     for row in rows:
         print(f"{row['what']:48} {row['seconds']:8.2f} s {row['MiB']:>6} MiB of memory")
-    print()
-
-
-def show_writers(rows: list[dict[str, object]]) -> None:
-    writers = {str(row["what"]): row for row in rows}
-    seconds = {what: float(str(row["seconds"])) for what, row in writers.items()}
-    base = {"mke2fs -d": "tree to DAX image (ours)", "find | cpio | zstd -T2 -3": "tree to initramfs, zstd (ours)",
-            "find | cpio | gzip -9": "tree to initramfs, zstd (ours)"}  # fmt: skip
-    if rows:
-        print(f"{'writer':34} {'seconds':>8} {'MiB on disk':>12} {'ours / it':>10}")
-    for what, row in writers.items():
-        ratio = f"{seconds[base[what]] / seconds[what]:.2f}" if what in base else ""
-        print(f"{what:34} {seconds[what]:8.2f} {int(str(row['bytes'])) / (1 << 20):12.1f} {ratio:>10}")
     print()
 
 

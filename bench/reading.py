@@ -8,11 +8,12 @@ import json
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
+
+from bench.measuring import run
 
 _READ = """
 import sys
@@ -79,27 +80,11 @@ def _shell(text: str) -> list[str]:
     return ["bash", "-ec", f"rm -rf l root; mkdir root; {text}"]
 
 
-# A process that was forked has its parent's memory at first, and is remembered for it: a small one starts the measured.
-_LAUNCHER = """
-import os, sys
-_, status, usage = os.wait4(os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ), 0)
-print(usage.ru_maxrss)
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
-
-
 def _measure(argv: list[str], work: Path, rounds: int, *, cold: bool) -> tuple[float, int]:
     """The median of the seconds, and the most memory of any round in MiB."""
-    seconds = []
-    most = 0
+    found = []
     for _ in range(rounds):
         if cold:
             shutil.rmtree(work / "c", ignore_errors=True)
-        began = time.monotonic()
-        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *argv]
-        child = subprocess.run(launcher, cwd=work, stdout=subprocess.PIPE, check=False)
-        seconds.append(time.monotonic() - began)
-        if child.returncode != 0:
-            raise SystemExit(f"bench: {argv[0]} failed")
-        most = max(most, int(child.stdout.split()[-1]) // 1024)
-    return statistics.median(seconds), most
+        found.append(run(argv, work))
+    return statistics.median(each.seconds for each in found), max(each.mebibytes for each in found)
