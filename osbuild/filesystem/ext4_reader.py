@@ -67,7 +67,7 @@ def read(descriptor: int, offset: int, size: int) -> Volume:
         facts=head.facts(superblock),
         places=walk.places,
         problems=tuple(problems),
-        regions=check.regions(superblock, groups),
+        regions=check.regions(superblock, groups, walk.belongings),
     )
 
 
@@ -79,6 +79,7 @@ class Walk:
         self.places: dict[str, Place] = {}
         self.found: dict[int, check.Found] = {}  # inode -> how often it is named
         self.claimed: list[tuple[int, int, int]] = []  # blocks in use: first, count, inode
+        self.belongings: list[tuple[int, int, int, str]] = []  # blocks no path leads to: first, count, inode, what
         self._disk = disk
         self._super = superblock
         self._groups = groups
@@ -140,8 +141,9 @@ class Walk:
         if inode is None:
             return
         self.found[number] = check.Found(links=inode.links, names=inode.links, is_dir=False)
-        self._runs(inode, f"inode {number} ({what})")
+        runs = self._runs(inode, f"inode {number} ({what})")
         self._claim(inode, inode.claimed)
+        self.belongings += [(run.physical, run.count, number, what.removesuffix("_inum")) for run in runs]
 
     def _child(self, path: str, number: int, kind: int, made: dict[str, Entry]) -> Entry | None:
         """The inode that a name leads to; None, with a problem noted, when it cannot be."""
@@ -183,6 +185,7 @@ class Walk:
             return None
         finally:
             self._claim(inode, inode.claimed)
+            self.belongings += [(first, count, number, "") for first, count in inode.claimed]
         self.found[number].is_dir = entry.is_dir
         self._entries[number] = entry, place
         return entry

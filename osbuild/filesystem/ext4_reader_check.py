@@ -240,8 +240,10 @@ def _inode_marks(group: int, first: int, marked: int, used: int) -> Iterator[str
 # Names for what no path names
 
 
-def regions(superblock: Superblock, groups: list[Group]) -> tuple[Region, ...]:
-    """The filesystem's own parts, with the names of their fields."""
+def regions(
+    superblock: Superblock, groups: list[Group], belongings: list[tuple[int, int, int, str]]
+) -> tuple[Region, ...]:
+    """The filesystem's own parts, with the names of their fields; blocks that belong to inodes without being data."""
     size = superblock.block_size
     descriptors_at = (superblock.first_block + 1) * size
     found = [
@@ -265,6 +267,12 @@ def regions(superblock: Superblock, groups: list[Group]) -> tuple[Region, ...]:
                 first=number * per_group + 1, fields=FIELDS,
             ),
         ]  # fmt: skip
+    for first, count, inode, what in belongings:
+        at, length = first * size, count * size
+        if what:
+            found.append(Region(offset=at, size=length, name=what))
+        else:
+            found.append(Region(offset=at, size=length, name="beside", of="inode", record=length, first=inode))
     apart: list[Region] = []
     for region in sorted(found, key=lambda region: region.offset):
         if not apart or apart[-1].offset + apart[-1].size <= region.offset:
