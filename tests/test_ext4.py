@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import struct
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from osbuild import command
 from osbuild.errors import InputError
 from osbuild.filesystem import ext4
-from osbuild.tree import Bytes, Draft, Entry, Tree, device, directory, regular, symlink
+from osbuild.tree import Bytes, Draft, Entry, Sparse, Spool, Tree, device, directory, regular, symlink
 
 START = 1 << 20
 EPOCH = 1_700_000_000
@@ -203,13 +205,13 @@ def test_a_large_file_is_read_back(tmp_path: Path) -> None:
 
 
 class _Zeros:
-    """Content of any size that takes no room: what a hole would be."""
+    """Content of any size that takes no room: what a hole would be, and the writer takes for data."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def chunks(self):  # type: ignore[no-untyped-def]
-        raise NotImplementedError
+    def chunks(self) -> Iterator[bytes]:
+        yield b"zeros"  # for the tree's digest
 
     def copy_to(self, descriptor: int, offset: int) -> None:
         pass
@@ -223,6 +225,96 @@ def test_a_file_of_5_gib_has_an_extent_tree(tmp_path: Path) -> None:
     assert plan.size > 5 << 30
     assert image.stat().st_blocks * 512 < 4 << 20
     assert "Size: 5368709120" in debugfs(image, "stat /huge")
+
+
+def sparse(size: int, *offsets: int) -> Sparse:
+    """A byte at each offset, and holes."""
+    spool = Spool()
+    spool.append(bytes(range(1, 256)) * (len(offsets) // 255 + 1))
+    return Sparse(spool, size, tuple((offset, number, 1) for number, offset in enumerate(offsets)))
+
+
+def test_holes_stay_holes(tmp_path: Path) -> None:
+    image = tmp_path / "fs"
+    content = sparse((6 << 30) + 7, 0, 5, 4096, 1 << 20, (2 << 20) - 1, 3 << 30, 6 << 30)
+    write(draft(f=Entry(mode=stat.S_IFREG, mtime_ns=0, content=content), empty=regular(sparse(1 << 20))), image)
+    check(image)
+    assert image.stat().st_blocks * 512 < 200_000
+    told = " ".join(debugfs(image, "stat /f").split())
+    assert f"Size: {(6 << 30) + 7}" in told
+    assert "Blockcount: 56" in told, "six blocks of data and one of extents, in sectors"
+    assert "Blockcount: 0" in debugfs(image, "stat /empty").replace("  ", " ")
+    assert debugfs(image, "bmap /f 256").strip() != "0"
+    assert debugfs(image, "bmap /f 257").strip() == "0"
+
+
+def test_a_file_of_thousands_of_pieces_has_a_deep_extent_tree(tmp_path: Path) -> None:
+    offsets = [number * 8192 for number in range(3000)]
+    data = bytearray(3000 * 8192)
+    for number, offset in enumerate(offsets):
+        data[offset] = number % 255 + 1
+    image = tmp_path / "fs"
+    write(draft(f=regular(sparse(len(data), *offsets))), image)
+    check(image)
+    out = tmp_path / "out"
+    debugfs(image, f"dump /f {out}")
+    assert out.read_bytes() == data
+    assert "Blockcount: 24080" in debugfs(image, "stat /f"), "3000 blocks, nine of extents and one above those"
+
+
+def test_a_run_of_a_sparse_file_is_aligned_as_its_place_in_the_file_is(tmp_path: Path) -> None:
+    spool = Spool()
+    spool.append(b"x" * (5 << 20))
+    content = Sparse(spool, 20 << 20, (((7 << 20) + 4096, 0, 5 << 20),))
+    image = tmp_path / "fs"
+    write(draft(a=regular(b"1" * 5000), f=regular(content)), image)
+    check(image)
+    first = int(debugfs(image, f"bmap /f {((7 << 20) + 4096) // 4096}"))
+    assert (START + first * 4096 - (7 << 20) - 4096) % (2 << 20) == 0
+
+
+def test_all_metadata_has_checksums(tmp_path: Path) -> None:
+    made = Draft()
+    for number in range(1000):
+        made.put(f"/d/name-{number}", regular(b"x"))
+    made.put("/x", Entry(mode=stat.S_IFREG, mtime_ns=0, xattrs={"user.v": b"x" * 3000}))
+    made.put("/s", regular(sparse(1 << 20, *range(0, 1 << 20, 8192))))
+    image = tmp_path / "fs"
+    write(made.tree(), image)
+    told = subprocess.run([command.find("dumpe2fs"), "-h", str(image)], capture_output=True, text=True, check=True)
+    assert "metadata_csum" in told.stdout
+    assert "dir_index" in told.stdout
+    places = {
+        "superblock": 1024 + 200, "a group's descriptor": 4096 + 14, "an inode": _inode_at(image, "/x") + 16,
+        "a leaf": int(debugfs(image, "bmap /d 1")) * 4096 + 9, "an index": int(debugfs(image, "bmap /d 0")) * 4096 + 44,
+        "attributes": int(re.findall(r"File ACL: (\d+)", debugfs(image, "stat /x"))[0]) * 4096 + 4000,
+        "extents": int(re.findall(r"\(ETB0\):(\d+)", debugfs(image, "stat /s"))[0]) * 4096 + 50,
+    }  # fmt: skip
+    whole = image.read_bytes()
+    for what, at in places.items():
+        image.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        done = subprocess.run([command.find("e2fsck"), "-fn", str(image)], capture_output=True, text=True, check=False)
+        assert "checksum" in done.stdout + done.stderr, (what, done.stdout)
+
+
+def _inode_at(image: Path, path: str) -> int:
+    found = re.findall(r"located at block (\d+), offset 0x([0-9a-f]+)", debugfs(image, f"imap {path}"))
+    return int(found[0][0]) * 4096 + int(found[0][1], 16)
+
+
+def test_attributes_are_split_between_inode_and_block(tmp_path: Path) -> None:
+    xattrs = {"user.large": b"v" * 2000, "user.small": b"s", "security.capability": b"c" * 20}
+    image = tmp_path / "fs"
+    write(draft(f=Entry(mode=stat.S_IFREG, mtime_ns=0, xattrs=xattrs)), image)
+    check(image)
+    told = debugfs(image, "stat /f")
+    inside = told.partition("Extended attributes:")[2]
+    assert "File ACL: 0 " not in told
+    assert all(name in inside for name in xattrs)
+    behind = image.read_bytes()[_inode_at(image, "/f") + 160 :][:96]
+    assert b"small" in behind
+    assert b"capability" in behind
+    assert b"large" not in behind
 
 
 def test_ten_thousand_names_in_one_directory(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ from osbuild.tree import Content, Entry, Slice, Sparse, Tree, quote, write_all
 HUGE: Final = 2 << 20  # what DAX maps with one page table entry
 _STEP: Final = HUGE // BLOCK
 _JOURNAL_BLOCKS: Final = 1024  # JBD2_MIN_JOURNAL_BLOCKS
-# A journal that is written to: up to so many blocks of filesystem, so many blocks; what mke2fs gives.
+# A journal that is written to: below so many blocks of filesystem, so many blocks; what mke2fs gives.
 _JOURNALS: Final = (
     (1 << 15, 1024), (1 << 18, 4096), (1 << 19, 8192), (1 << 22, 16384), (1 << 23, 32768), (1 << 24, 65536),
 )  # fmt: skip
@@ -254,7 +254,7 @@ class _Layout:
         if not self._room.writable:
             return _JOURNAL_BLOCKS
         total = self._room.size // BLOCK or content + self._room.free // BLOCK
-        return next((blocks for most, blocks in _JOURNALS if total <= most), _JOURNAL_MAX)
+        return next((blocks for most, blocks in _JOURNALS if total < most), _JOURNAL_MAX)
 
     def _place(self, directories: Sequence[_Inode], files: Sequence[_Inode]) -> Shape:
         """Find a place for everything; the number of groups and what fits into them depend on each other."""

@@ -357,7 +357,7 @@ class Walk:
     def _inode(self, number: int, here: str, *, quiet: bool = False) -> Inode | None:
         """An inode's fields, or None with the reason noted."""
         if not 0 < number <= min(self._super.number("inodes_count"), len(self._groups) * self._per_group):
-            self.problems.append(f"{here}: of {self._super.number('inodes_count')} inodes")
+            self.problems.append(f"{here}: there is no inode of this number")
             return None
         noted: list[str] = []
         try:

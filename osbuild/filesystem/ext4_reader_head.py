@@ -240,7 +240,7 @@ def _measured(raw: Mapping[str, int | bytes]) -> Superblock:
         (first == (size == 1024) or (bigalloc and first == 0), f"first_data_block is {first}"),
         (blocks > first, f"it has {blocks} blocks"),
         (bigalloc or (256 <= per_group <= 8 * size and per_group % 8 == 0), f"blocks_per_group is {per_group}"),
-        (per_group > 0, f"blocks_per_group is {per_group}"),
+        (per_group >= 256, f"blocks_per_group is {per_group}"),
         (128 <= inode_size <= size and inode_size & (inode_size - 1) == 0, f"inode_size is {inode_size}"),
         (0 < inodes <= 8 * size and inodes * inode_size % size == 0, f"inodes_per_group is {inodes}"),
         (32 <= group_size <= size and group_size & (group_size - 1) == 0, f"desc_size is {group_size}"),
@@ -279,10 +279,11 @@ def names(bits: int, known: Mapping[int, str]) -> list[str]:
 
 
 def read_groups(disk: Disk, superblock: Superblock, problems: list[str]) -> list[Group]:
-    """All group descriptors, as many as are there."""
+    """The descriptors of all groups that begin in what is there: a number in the superblock asks for no more."""
     groups: list[Group] = []
+    there = -(-(disk.size // superblock.block_size - superblock.first_block) // superblock.per_group)
     try:
-        for number, data in _descriptors(disk, superblock):
+        for number, data in _descriptors(disk, superblock, min(superblock.groups, there)):
             _check_descriptor(superblock, number, data, problems)
             groups.append(_group(data))
     except DamageError as damage:
@@ -290,11 +291,11 @@ def read_groups(disk: Disk, superblock: Superblock, problems: list[str]) -> list
     return groups
 
 
-def _descriptors(disk: Disk, superblock: Superblock) -> Iterator[tuple[int, bytes]]:
+def _descriptors(disk: Disk, superblock: Superblock, groups: int) -> Iterator[tuple[int, bytes]]:
     size = superblock.group_size
     start = (superblock.first_block + 1) * superblock.block_size
-    for first in range(0, superblock.groups, _GROUPS_PER_READ):
-        count = min(_GROUPS_PER_READ, superblock.groups - first)
+    for first in range(0, groups, _GROUPS_PER_READ):
+        count = min(_GROUPS_PER_READ, groups - first)
         data = disk.read(start + first * size, count * size)
         for index in range(count):
             yield first + index, data[index * size : (index + 1) * size]
