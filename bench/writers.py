@@ -72,7 +72,7 @@ def _programs(size: int) -> dict[str, list[str]]:
     return {
         "DAX image (ours)": _ours("ext4", "ours.img"),
         "  mke2fs -d": _shell(
-            f"rm -f theirs.img; {find('mke2fs')} -q -t ext4 -b 4096 -d root theirs.img {room}M; sync theirs.img"
+            f"rm -f theirs.img; {find('mke2fs')} -q -t ext4 -b 4096 -d root theirs.img {room}M >/dev/null; sync theirs.img"
         ),
         "  cp of the image": _shell("cp ours.img copy.img; sync copy.img; rm copy.img"),
         "DAX image, verity (ours)": _ours("ext4+verity", "verity.img"),
