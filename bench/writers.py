@@ -14,6 +14,7 @@ from bench.measuring import Run, run
 from osbuild.command import find
 
 MIB: Final = 1 << 20
+BLOCK: Final = 4096
 # name: files, bytes, how much of --rounds
 CONTENTS: Final = {"10,000 files": (10_000, 200 * MIB, 1.0), "100,000 files": (100_000, 2000 * MIB, 0.5)}
 LARGE: Final = 8 << 30
@@ -72,7 +73,8 @@ def _programs(size: int) -> dict[str, list[str]]:
     return {
         "DAX image (ours)": _ours("ext4", "ours.img"),
         "  mke2fs -d": _shell(
-            f"rm -f theirs.img; {find('mke2fs')} -q -t ext4 -b 4096 -d root theirs.img {room}M >/dev/null; sync theirs.img"
+            f"rm -f theirs.img; {find('mke2fs')} -q -t ext4 -b 4096 -d root theirs.img {room}M >/dev/null;"
+            " sync theirs.img"
         ),
         "  cp of the image": _shell("cp ours.img copy.img; sync copy.img; rm copy.img"),
         "DAX image, verity (ours)": _ours("ext4+verity", "verity.img"),
@@ -97,7 +99,7 @@ def _measure(
     work: Path, content: str, root: Path, rounds: int, programs: dict[str, list[str]]
 ) -> list[dict[str, object]]:
     found: dict[str, list[Run]] = {what: [] for what in programs}
-    size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    size = sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in root.rglob("*") if path.is_file())
     for _ in range(rounds):
         for what, argv in programs.items():
             found[what].append(run(argv, work))

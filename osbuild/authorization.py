@@ -16,9 +16,10 @@ from typing import Final
 from urllib.parse import SplitResult
 
 from osbuild import oci
-from osbuild.credentials import Credentials, find_credentials
+from osbuild.credentials import Credentials, find_credentials, places
 from osbuild.errors import HostError, InputError
 from osbuild.transport import Answer, Web, parse_url
+from osbuild.tree import quote
 
 _HEADER_MAX: Final = 4096  # bytes of challenges that we read
 _TOKEN_MAX: Final = 1 << 20  # bytes of a token service's answer
@@ -56,7 +57,7 @@ class Authorizer:
     """What to say in the Authorization header to do `actions` in one repository; kept for the run, and renewed."""
 
     def __init__(self, web: Web, host: str, repository: str, actions: str, auth_file: Path | None) -> None:
-        self.tried = "without credentials"  # for messages
+        self.tried = ", asked without a login"  # for messages
         self._web = web
         self._host = host
         self._repository = repository
@@ -80,23 +81,22 @@ class Authorizer:
             if not offered.keys() & {"bearer", "basic"}:
                 raise HostError(f"{self._host} wants a login of a kind we do not know")
             found = find_credentials(self._host, self._repository, self._auth_file)
-            self.tried = _describe(found)
+            self.tried = _describe(found, self._auth_file)
             if "bearer" in offered:
                 token, seconds = self._token(offered["bearer"], found, home)
                 self._value, self._until = f"Bearer {token}", time.monotonic() + seconds
             elif found is None or not found.user or found.identity_token:
-                raise self.refusal("wants a user name and a password")
+                raise self.refusal(f"wants a login for {self._repository}")
             elif refused == found.basic():
-                raise self.refusal("answers 401")
+                raise self.refusal(f"answers 401 for {self._repository}")
             else:
                 self._value, self._until = found.basic(), float("inf")
             return self._value
 
     def refusal(self, what: str) -> HostError:
         """An error that says what was tried, without any of it."""
-        name = f"{self._host}/{self._repository}"
         return HostError(
-            f"{name}: {self._host} {what}, {self.tried}", hint=f"docker login {self._host}, and check the image's name"
+            f"{self._host} {what}{self.tried}", hint=f"docker login {self._host}, and check the image's name"
         )
 
     def _token(self, challenge: Challenge, found: Credentials | None, home: SplitResult) -> tuple[str, float]:
@@ -107,7 +107,7 @@ class Authorizer:
         with self._ask(realm, {name: text for name, text in wishes.items() if text}, found) as answer:
             answer.check_passing()
             if answer.status in (400, 401, 403):
-                raise self.refusal(f"gives no token ({answer.status})")
+                raise self.refusal(f"gives no token ({answer.status}) for {self._repository}")
             if answer.status != 200:
                 raise InputError(f"{what} answers {answer.status}")
             return _parse_token(answer.read(_TOKEN_MAX), what)
@@ -124,11 +124,12 @@ class Authorizer:
         return self._web.send("GET", realm._replace(query=query).geturl(), headers)
 
 
-def _describe(found: Credentials | None) -> str:
+def _describe(found: Credentials | None, auth_file: Path | None) -> str:
     if found is None:
-        return "without credentials"
+        files = " or ".join(quote(str(path)) for path in places(auth_file))
+        return f", and no login for it is in {files}" if files else ", and without HOME there is no file to look in"
     kind = "an identity token" if found.identity_token else "a user name and password"
-    return f"with {kind} from {found.source}"
+    return f", with {kind} from {found.source}"
 
 
 def _parse_token(data: bytes, what: str) -> tuple[str, float]:

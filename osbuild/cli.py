@@ -19,7 +19,7 @@ from osbuild.cache import default_cache
 from osbuild.errors import CommandError, HostError, Interrupted, OsbuilderError, SpecError
 from osbuild.listing import spell
 from osbuild.options import Words, build_spec, guest_spec, image_of, recipe_words, takes
-from osbuild.output import writing
+from osbuild.output import check_output, writing
 from osbuild.tree import quote
 
 if TYPE_CHECKING:  # what is slow to import is imported by the command that needs it
@@ -131,13 +131,23 @@ def rootfs(
 def image(
     words: Words, image: Image = "", out: OutFile = Path("guest.img"), as_json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Only the DAX image, with the agent in it."""
-    from osbuild import pipeline
+    """Only the disk image, with the agent in it.
+
+    An NVDIMM that guests map with DAX and an ordinary disk: the same bytes, two views.
+    JSON: {"path", "size", "sha256", "filesystem", "dax", "format", "writable", "skipped", "words", "disk_words",
+    "verity"}: words boot it as an NVDIMM when it can be one, disk_words and verity.words as a disk; verity.params is
+    Kata's kernel_verity_params.
+    """
+    from osbuild import manifest, pipeline
 
     show = console.Show(quiet=quiet)
+    check_output(out)
     spec = build_spec(_image(image, words, show), out.parent, words, kinds=("image",), smoke=False)
+    pipeline.check_host(spec.disk)
     disk = pipeline.make_image(spec, pipeline.open_rootfs(spec, default_cache(), show), out, show)
-    _print_file(disk.file, {"filesystem": disk.filesystem, "dax": disk.dax, "words": list(disk.words)}, as_json=as_json)
+    _print_file(disk.file, manifest.about_disk(disk) | {"words": list(disk.words)}, as_json=as_json)
+    if disk.verity is not None and not as_json:
+        console.print_lines([disk.verity.params])
 
 
 @app.command()
@@ -151,7 +161,8 @@ def initrd(
     show = console.Show(quiet=quiet)
     spec = build_spec(_image(image, words, show), out.parent, words, kinds=("initrd",), smoke=False)
     made = pipeline.make_initrd(spec, pipeline.open_rootfs(spec, default_cache(), show), out, show)
-    _print_file(made.file, {"compression": made.compression, "unpacked": made.unpacked}, as_json=as_json)
+    about = {"compression": made.compression, "unpacked": made.unpacked, "memory": made.memory}
+    _print_file(made.file, about, as_json=as_json)
 
 
 @app.command()
@@ -301,6 +312,60 @@ def cache_prune(
         console.print_lines(f"kept: {item.kind} {item.key}: {reason}" for item, reason in done.failed)
         console.print_lines([f"{console.size_text(done.size)} {word}"])
     raise typer.Exit(4 if done.failed else 0)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="a disk image, a filesystem, an initramfs, a kernel")],
+    root_hash: Annotated[str, typer.Option("--root-hash", metavar="HEX", help="what the hash tree must come to")] = "",
+    verity_params: Annotated[
+        str, typer.Option("--verity-params", metavar="TEXT", help="the same with salt and size: kernel_verity_params")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Say what a file holds, draw where it lies, and check all of it.
+
+    Both MBRs, the nd_pfn superblock, the filesystem with every inode, the hash tree; and what a guest would see of it
+    as an NVDIMM, through virtio-pmem and through virtio-blk. What a hash tree must come to is also taken from a
+    manifest.json beside the file.
+
+    Exit code: 0 nothing is wrong with it; 3 something is, or it is nothing that is known here.
+    """
+    from osbuild import hash_check, inspection
+
+    if root_hash and verity_params:
+        raise SpecError("--root-hash and --verity-params are two ways to say one thing", hint="give one of them")
+    claim = hash_check.parse_params(verity_params) if verity_params else None
+    if root_hash:
+        claim = hash_check.Claim(root_hash=hash_check.parse_root_hash(root_hash))
+    found = inspection.inspect(file, claim)
+    if as_json:
+        console.print_json(found.to_dict())
+    else:
+        console.print_lines(inspection.drawing(found))
+    raise typer.Exit(0 if found.whole else 3)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="an image, an initramfs or a kernel")],
+    second: Annotated[Path, typer.Argument(help="another; an image and an initramfs are compared by their trees")],
+    most: Annotated[int, typer.Option("--most", min=1, metavar="N", help="differences to name")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Name the first differences between two files: partition, inode, path and field.
+
+    Exit code: 0 they are the same; 3 they are not, or one of them is nothing that is known here. JSON tells the two
+    apart: {"same": false, "differences": …} or {"error": …}.
+    """
+    from osbuild import comparison
+
+    found = comparison.compare(first, second, most)
+    if as_json:
+        console.print_json(found.to_dict())
+    else:
+        console.print_lines(comparison.lines(found))
+    raise typer.Exit(0 if found.same else 3)
 
 
 @app.command()

@@ -65,7 +65,8 @@ class Spool:
     """An unlinked temporary file that grows at its end and goes away with its last slice."""
 
     def __init__(self, directory: str | None = None) -> None:
-        self._directory = directory or tempfile.gettempdir()
+        # gettempdir() would pass over a TMPDIR that does not exist, and fill another disk.
+        self._directory = directory or os.environ.get("TMPDIR") or tempfile.gettempdir()
         with self._room():
             handle, path = tempfile.mkstemp(prefix="osbuilder-", dir=self._directory)
             self.descriptor = handle

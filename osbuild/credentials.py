@@ -42,15 +42,16 @@ class Credentials:
 
 def find_credentials(host: str, repository: str, auth_file: Path | None = None) -> Credentials | None:
     """What the user has for a repository: the first file that knows it. HostError for a file or helper that fails."""
-    for path in _files(auth_file):
+    for path in places(auth_file):
         document = _read(path, required=path == auth_file)
-        found = _from_helper(document, host) or _from_auths(document, host, repository, str(path))
+        found = _from_helper(document, host, path) or _from_auths(document, host, repository, str(path))
         if found is not None:
             return found
     return None
 
 
-def _files(auth_file: Path | None) -> Iterator[Path]:
+def places(auth_file: Path | None = None) -> Iterator[Path]:
+    """The files in which credentials are looked for, in that order, whether they exist or not."""
     named = os.environ.get("REGISTRY_AUTH_FILE")
     if auth_file is not None or named:  # who names one file means that one
         yield auth_file or Path(named or "")
@@ -71,9 +72,15 @@ def _read(path: Path, *, required: bool) -> oci.Json:
     except (FileNotFoundError, NotADirectoryError):
         if not required:
             return {}
-        raise HostError(f"there is no file {quote(str(path))} with credentials") from None
+        raise HostError(
+            f"there is no file {quote(str(path))} with credentials",
+            hint="docker login and skopeo login --authfile write one",
+        ) from None
     except OSError as problem:
-        raise HostError(f"cannot read the credentials in {quote(str(path))}: {problem.strerror}") from None
+        raise HostError(
+            f"cannot read the credentials in {quote(str(path))}: {problem.strerror}",
+            hint="give its reader the right to, or name another with --authfile",
+        ) from None
     except InputError as problem:
         raise HostError(str(problem), hint="docker login writes it anew") from None
 
@@ -117,18 +124,20 @@ def _parse_entry(entry: Mapping[str, Any], source: str) -> Credentials | None:
     return None  # `docker login` leaves {} behind when a helper holds the secret
 
 
-def _from_helper(document: oci.Json, host: str) -> Credentials | None:
+def _from_helper(document: oci.Json, host: str, path: Path) -> Credentials | None:
     named = [name for key, name in _table(document, "credHelpers").items() if _name_of(key) == host]
     name = named[0] if named else document.get("credsStore")
     if not isinstance(name, str) or not name:
         return None
-    return _ask(name, _HUB_SERVER if host == oci.DOCKER_HUB else host)
+    wish = f"{quote(str(path))} asks for it as {'credHelpers' if named else 'credsStore'}"
+    return _ask(name, _HUB_SERVER if host == oci.DOCKER_HUB else host, wish)
 
 
-def _ask(name: str, server: str) -> Credentials | None:
+def _ask(name: str, server: str, wish: str) -> Credentials | None:
+    """What a helper knows; `wish` says who wants that it is asked."""
     program = f"docker-credential-{name}"
     if not _HELPER.match(name):
-        raise HostError(f"{quote(program)} cannot be the name of a credential helper")
+        raise HostError(f"{quote(program)} cannot be the name of a credential helper, but {wish}")
     try:
         # A helper is the user's own and lives on his variables: AWS_PROFILE, DBUS_SESSION_BUS_ADDRESS, GNUPGHOME ...
         answer = command.run(
@@ -138,12 +147,17 @@ def _ask(name: str, server: str) -> Credentials | None:
     except CommandError as problem:
         if _NOT_FOUND in problem.tail.lower():
             return None
-        raise HostError(str(problem), hint=f"try it: echo {server} | {program} get") from None  # never what it printed
+        raise HostError(
+            f"{problem}; {wish}",
+            hint=f"try it: echo {server} | {program} get",  # never what it printed
+        ) from None
+    except HostError as problem:
+        raise HostError(f"{problem}; {wish}", hint="install it, or take it out of that file") from None
     except InputError:
-        raise HostError(f"{program} does not answer in JSON") from None
+        raise HostError(f"{program} does not answer in JSON; {wish}") from None
     user, secret = document.get("Username"), document.get("Secret")
     if not isinstance(user, str) or not isinstance(secret, str) or not secret:
-        raise HostError(f"{program} answers without a user name and a secret")
+        raise HostError(f"{program} answers without a user name and a secret; {wish}")
     if user == _TOKEN_USER:
         return Credentials(source=program, identity_token=secret)
     return Credentials(source=program, user=user, password=secret)

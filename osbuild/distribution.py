@@ -53,7 +53,7 @@ class Repository:
             with self.send("GET", f"manifests/{reference}", {"Accept": _ACCEPT}) as answer:
                 if answer.status != 200:
                     mark = "@" if ":" in reference else ":"
-                    raise self.refused(answer, f"image {self.name}{mark}{reference}")
+                    raise self.refused(answer, f"image {self.name}{mark}{reference}", missing=_missing(reference))
                 data = answer.read(oci.JSON_MAX)
                 if "Content-Length" not in answer.headers:
                     _check_whole(data, str(self))
@@ -100,13 +100,13 @@ class Repository:
             except TransientError as problem:
                 tries.failed(problem)
 
-    def refused(self, answer: Answer, what: str) -> OsbuilderError:
-        """The error for a status that no other try will change."""
+    def refused(self, answer: Answer, what: str, *, missing: str = "") -> OsbuilderError:
+        """The error for a status that no other try will change; `missing` is the hint for what is not there."""
         status = " ".join([str(answer.status), *_error_codes(answer)])
         if not answer.at_home:
             return InputError(f"{self}: {answer.host}, where {self.host} keeps its {what}, answers {answer.status}")
         if answer.status == 404:
-            return InputError(f"the registry {self.host} has no {what} ({status})")
+            return InputError(f"the registry {self.host} has no {what} ({status})", hint=missing)
         if answer.status in (401, 403):
             return self._authorizer.refusal(f"answers {status} for {what}")
         return InputError(f"{self}: {self.host} answers {status} for {what}")
@@ -175,6 +175,12 @@ class Repository:
             tries.failed(problem)
             begun, answer = self._blob_at(descriptor, position)
             skip = position - begun
+
+
+def _missing(reference: str) -> str:
+    part = "digest" if ":" in reference else "tag"
+    without = "; without a tag, latest is asked for" if reference == "latest" else ""
+    return f"check the name and the {part}{without}; a private image may look absent without docker login"
 
 
 def _with(headers: Mapping[str, str], authorization: str) -> dict[str, str]:

@@ -4,102 +4,157 @@
              | namesize | check           13 fields of 8 hex digits
     name NUL, padded to 4; bytes, padded to 4; ends with a member called TRAILER!!!
 
-Source: Documentation/driver-api/early-userspace/buffer-format.rst of the kernel.
+Sources: Documentation/driver-api/early-userspace/buffer-format.rst of the kernel, and its reader, init/initramfs.c,
+which leaves out without a word what it does not like: so that is refused here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import subprocess
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final
 
-from osbuild import zstd
+from osbuild import command, zstd
 from osbuild.artifacts import File, Initrd, Rootfs
-from osbuild.errors import InputError, SpecError
+from osbuild.errors import HostError, InputError, SpecError
+from osbuild.initrd_memory import measure
 from osbuild.output import writing
-from osbuild.tree import PATH_MAX, Entry, Tree, quote
+from osbuild.tree import ID_MAX, LINK_HOPS, NAME_MAX, PATH_MAX, Entry, Tree, quote
 
 LEVEL: Final = 3
-_BATCH: Final = 4 << 20
-_SIZE_MAX: Final = (1 << 32) - 1
-_PAGE: Final = 4096
+_BATCH: Final = 1 << 20
+_FIELD_MAX: Final = (1 << 32) - 1
+_MAJOR_MAX: Final = (1 << 12) - 1  # linux/kdev_t.h; the kernel would make another device of a larger number
+_MINOR_MAX: Final = (1 << 20) - 1
 _TRAILER: Final = "TRAILER!!!"
+_TYPES: Final = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO})
 
-
-class _Plain:
-    """No compression, with the interface of a compressor."""
-
-    def compress(self, data: bytes) -> bytes:
-        return data
-
-    def flush(self) -> bytes:
-        return b""
-
-
-# Any: the compressors of zlib and zstd share compress() and flush(), and no type.
-COMPRESSIONS: Final[Mapping[str, Callable[[], Any]]] = {
-    "zstd": lambda: zstd.compressor(LEVEL),
-    # No file name and no time in the header; still, the bytes depend on the zlib that Python was built with.
-    "gzip": lambda: zlib.compressobj(6, zlib.DEFLATED, 31),
-    "none": _Plain,
-}
+Write = Callable[[bytes], object]
 
 
 def build_initrd(rootfs: Rootfs, out: Path, *, compress: str = "zstd") -> Initrd:
     """Write the tree as an initramfs. InputError, before a byte is written, for what the format cannot hold."""
     if compress not in COMPRESSIONS:
         raise SpecError(f"no compression {quote(compress)}", hint=f"one of {', '.join(COMPRESSIONS)}")
-    check(rootfs.tree)
-    compressor = COMPRESSIONS[compress]()
+    tree = rootfs.tree
+    check(tree)
     unpacked = 0
-    with writing(out) as descriptor, os.fdopen(descriptor, "wb", closefd=False) as file:
-        for batch in _batches(archive(rootfs.tree)):
+    least = sum(entry.content.size for entry in set(tree.values())) if compress == "none" else 0
+    with writing(out, needs=least) as descriptor, COMPRESSIONS[compress](descriptor) as write:
+        for batch in _batches(archive(tree)):
             unpacked += len(batch)
-            file.write(compressor.compress(batch))
-        file.write(compressor.flush())
-    inodes = rootfs.tree.names()
+            write(batch)
+    file = File.of(out)
+    held = [entry for entry in tree.values() if not stat.S_ISSOCK(entry.mode)]
+    needs = measure(tree, packed=file.size)
     return Initrd(
-        file=File.of(out),
+        file=file,
         compression=compress,
         unpacked=unpacked,
-        entries=len(rootfs.tree),
-        resident=sum(entry.content.size + -entry.content.size % _PAGE for entry in inodes),
-        lost_xattrs=sum(bool(entry.xattrs) for entry in inodes),
+        entries=len(held),
+        resident=needs.resident,
+        memory=needs.memory,
+        skipped=len(tree) - len(held),
+        lost_xattrs=sum(bool(entry.xattrs) for entry in set(held)),
         words=rootfs.words,
     )
 
 
 def check(tree: Tree) -> None:
-    """Everything in the tree that newc cannot express, or the kernel would misread."""
+    """Everything in the tree that newc cannot express, or the kernel would misread or leave out."""
     for path, entry in tree.items():
-        if len(path.encode(errors="surrogateescape")) > PATH_MAX:
-            raise InputError(f"{quote(path[:100])}…: the kernel would skip a path of more than {PATH_MAX} bytes")
-        if path == f"/{_TRAILER}":
-            raise InputError(f"{quote(path)}: an initramfs would end at a file of this name")
-        if entry.content.size > _SIZE_MAX:
-            raise InputError(f"{quote(path)}: {entry.content.size} bytes; an initramfs holds files below 4 GiB only")
-    init = tree.edit().resolve("/init")
-    if init not in tree or not tree[init].is_file or not tree[init].mode & 0o111:
+        if not stat.S_ISSOCK(entry.mode):
+            problem = _problem(path, entry)
+            if problem:
+                raise InputError(f"{quote(path if len(path) < 200 else path[:100] + '…')}: {problem}")
+    init = _follow(tree, "/init")
+    if init is None or not init.is_file or not init.mode & 0o111:
         raise InputError("/init: an initramfs needs an executable there")
 
 
+def _problem(path: str, entry: Entry) -> str:
+    """Why this inode cannot be there; empty when it can.
+
+    Times that the format has no digits for are no reason: they are moved to its first or last second.
+    """
+    encoded = path.encode(errors="surrogateescape")
+    if len(encoded) > PATH_MAX:
+        return f"the kernel would skip a path of more than {PATH_MAX} bytes"
+    if len(encoded) > NAME_MAX and max(map(len, encoded.split(b"/"))) > NAME_MAX:
+        return f"the kernel would skip a name of more than {NAME_MAX} bytes"
+    if path == f"/{_TRAILER}":
+        return "an initramfs would end at a file of this name"
+    if entry.mode & ~0o7777 not in _TYPES:
+        return f"mode {entry.mode:o} is of no kind that an initramfs holds"
+    if not (0 <= entry.uid <= ID_MAX and 0 <= entry.gid <= ID_MAX):
+        return f"owner {entry.uid}:{entry.gid}; an initramfs holds numbers up to {ID_MAX}"
+    if entry.is_file and entry.content.size > _FIELD_MAX:
+        return f"{entry.content.size} bytes; an initramfs holds files below 4 GiB only"
+    if entry.is_device and not (0 <= entry.major <= _MAJOR_MAX and 0 <= entry.minor <= _MINOR_MAX):
+        return f"device {entry.major}:{entry.minor}; Linux has numbers up to {_MAJOR_MAX}:{_MINOR_MAX}"
+    if entry.is_symlink and not 0 < len(entry.target.encode(errors="surrogateescape")) <= PATH_MAX:
+        return f"the kernel would skip a symbolic link to nothing, or to more than {PATH_MAX} bytes"
+    if b"\0" in encoded or "\0" in entry.target:
+        return "a NUL ends a name"
+    return ""
+
+
+def _follow(tree: Tree, path: str) -> Entry | None:
+    """What the kernel finds at a path. Not Draft.resolve: that needs a copy of the tree."""
+    here: list[str] = []
+    todo = path.split("/")[::-1]
+    hops = 0
+    while todo:
+        name = todo.pop()
+        if name in ("", "."):
+            continue
+        if name == "..":
+            here = here[:-1]
+            continue
+        entry = tree.get("/" + "/".join([*here, name]))
+        if entry is None or (todo and not entry.is_dir and not entry.is_symlink):
+            return None
+        if not entry.is_symlink:
+            here.append(name)
+            continue
+        hops += 1
+        if hops > LINK_HOPS:
+            return None
+        here = [] if entry.target.startswith("/") else here
+        todo += entry.target.split("/")[::-1]
+    return tree["/" + "/".join(here)]
+
+
+# Archive
+
+
 def archive(tree: Tree) -> Iterator[bytes]:
-    """The archive in pieces. Inodes are numbered in the order of their first paths."""
-    names = tree.names()
-    left = {entry: len(paths) for entry, paths in names.items()}
-    numbers = {entry: number for number, entry in enumerate(names, start=1)}
+    """The archive in pieces. Inodes are numbered in the order of their first paths; sockets are left out."""
+    links = Counter(tree.values())
+    left = {entry: count for entry, count in links.items() if count > 1}
+    numbers: dict[Entry, int] = {}
+    last = 0
     for path, entry in tree.items():
         if stat.S_ISSOCK(entry.mode):
             continue
-        left[entry] -= 1
-        links = 2 if entry.is_dir else len(names[entry])
+        number = numbers.get(entry, 0)
+        if not number:
+            number = last = last + 1
+        if entry in left:
+            numbers[entry] = number
+            left[entry] -= 1
+        count = 2 if entry.is_dir else links[entry]
         body = entry.target.encode(errors="surrogateescape") if entry.is_symlink else b""
         # Of a file with several names the last one brings the bytes: what GNU cpio and the kernel expect.
-        size = entry.content.size if entry.is_file and left[entry] == 0 else len(body)
-        yield _header(path[1:] or ".", numbers[entry], entry, links, size)
+        size = entry.content.size if entry.is_file and not left.get(entry) else len(body)
+        yield _header(path[1:] or ".", number, entry, count, size)
         if body:
             yield body
         elif size:
@@ -111,7 +166,7 @@ def archive(tree: Tree) -> Iterator[bytes]:
 
 def _header(name: str, number: int, entry: Entry, links: int, size: int) -> bytes:
     encoded = name.encode(errors="surrogateescape") + b"\0"
-    seconds = min(max((entry.mtime_ns or 0) // 1_000_000_000, 0), _SIZE_MAX)
+    seconds = min(max((entry.mtime_ns or 0) // 1_000_000_000, 0), _FIELD_MAX)
     fields = (
         number, entry.mode, entry.uid, entry.gid, links, seconds, size, 0, 0, entry.major, entry.minor,
         len(encoded), 0,
@@ -121,7 +176,7 @@ def _header(name: str, number: int, entry: Entry, links: int, size: int) -> byte
 
 
 def _batches(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Pieces joined to a few MiB: thousands of small calls cost more than the compression."""
+    """Pieces joined to a mebibyte or two: thousands of small calls cost more than the compression."""
     waiting: list[bytes] = []
     size = 0
     for piece in pieces:
@@ -131,3 +186,71 @@ def _batches(pieces: Iterator[bytes]) -> Iterator[bytes]:
             yield b"".join(waiting)
             waiting, size = [], 0
     yield b"".join(waiting)
+
+
+# Compression
+
+
+@contextlib.contextmanager
+def _plain(descriptor: int) -> Iterator[Write]:
+    with os.fdopen(descriptor, "wb", closefd=False) as file:
+        yield file.write
+
+
+def _streaming(make: Callable[[], Any]) -> Callable[[int], AbstractContextManager[Write]]:
+    """By what zlib and zstd have in common, compress() and flush(); Any: they share no type."""
+
+    @contextlib.contextmanager
+    def write_packed(descriptor: int) -> Iterator[Write]:
+        compressor = make()
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
+            yield lambda data: file.write(compressor.compress(data))
+            file.write(compressor.flush())
+
+    return write_packed
+
+
+@contextlib.contextmanager
+def _lz4(descriptor: int) -> Iterator[Write]:
+    """By the program lz4, in the legacy frame (-l), the only one that the kernel reads.
+
+    Its blocks of 8 MiB depend on nothing but their bytes and liblz4's version.
+    """
+    program = command.find("lz4", package="lz4")
+    file = Path(f"/proc/self/fd/{descriptor}")  # which has no name yet
+    inlet, outlet = os.pipe()
+    with contextlib.ExitStack() as stack:
+        feed = stack.enter_context(os.fdopen(outlet, "wb", buffering=0))
+        with os.fdopen(inlet, "rb", buffering=0) as end:
+            process = stack.enter_context(
+                command.start(program, "-l", "-1", "-q", "-c", "-", log=file, merge=False, stdin=end)
+            )
+        try:
+            yield lambda data: _feed(feed.fileno(), data)
+        except BrokenPipeError:
+            _check_end(process, descriptor)
+            raise
+        feed.close()
+        _check_end(process, descriptor)
+
+
+def _feed(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _check_end(process: subprocess.Popen[bytes], descriptor: int) -> None:
+    if process.wait():
+        # Most of all when the disk is full: then this says so.
+        os.posix_fallocate(descriptor, os.fstat(descriptor).st_size, 16 << 20)
+        raise HostError(f"lz4 ended with {process.returncode}")
+
+
+COMPRESSIONS: Final[Mapping[str, Callable[[int], AbstractContextManager[Write]]]] = {
+    "zstd": _streaming(lambda: zstd.compressor(LEVEL)),
+    # No file name and no time in the header; still, the bytes depend on the zlib that Python was built with.
+    "gzip": _streaming(lambda: zlib.compressobj(6, zlib.DEFLATED, 31)),
+    "lz4": _lz4,
+    "none": _plain,
+}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 import osbuild
-from osbuild.artifacts import DiskImage, File, Initrd, Kernel, Rootfs
+from osbuild.artifacts import DiskImage, File, Initrd, Kernel, Rootfs, Verity
 from osbuild.errors import InputError
 from osbuild.oci import Json, parse_json
 from osbuild.output import write_whole
@@ -35,10 +36,11 @@ def write(
         if isinstance(root, Initrd):
             about = {
                 "compression": root.compression, "unpacked": root.unpacked, "entries": root.entries,
-                "resident": root.resident, "lost_xattrs": root.lost_xattrs,
+                "resident": root.resident, "memory": root.memory, "skipped": root.skipped,
+                "lost_xattrs": root.lost_xattrs,
             }  # fmt: skip
         else:
-            about = {"filesystem": root.filesystem, "dax": root.dax}
+            about = about_disk(root)
         outputs[NAMES[name]] = _measures(root.file) | about | {"words": list(root.words)}
     document = {
         "schema": "osbuilder.manifest", "version": 1, "osbuilder": osbuild.__version__,
@@ -47,6 +49,20 @@ def write(
     }  # fmt: skip
     write_whole(out / MANIFEST, _encode(document))
     return document
+
+
+def about_disk(disk: DiskImage) -> Json:
+    """What a disk image is, besides its bytes and the words that boot it."""
+    verity = None
+    if disk.verity is not None:
+        verity = {
+            "root_hash": disk.verity.root_hash, "salt": disk.verity.salt, "data_blocks": disk.verity.blocks,
+            "params": disk.verity.params, "words": list(disk.verity.words), "pmem_words": list(disk.verity.pmem_words),
+        }  # fmt: skip
+    return {
+        "filesystem": disk.filesystem, "dax": disk.dax, "format": disk.format, "writable": disk.writable,
+        "skipped": disk.skipped, "disk_words": list(disk.disk_words), "verity": verity,
+    }  # fmt: skip
 
 
 def write_lock(out: Path, spec: BuildSpec, rootfs: Rootfs, kernel: Kernel, image: SourceImage) -> None:
@@ -65,8 +81,8 @@ def write_lock(out: Path, spec: BuildSpec, rootfs: Rootfs, kernel: Kernel, image
         },
         "kernel": {"key": kernel.key, "inputs": kernel.inputs},
         "options": {
-            "arch": spec.arch.name, "kinds": list(spec.kinds), "filesystem": spec.filesystem,
-            "compress": spec.compress, "align": spec.align, "features": list(spec.features),
+            "arch": spec.arch.name, "kinds": list(spec.kinds), "compress": spec.compress,
+            "disk": asdict(spec.disk) | {"salt": spec.disk.salt.hex()}, "features": list(spec.features),
             "epoch": rootfs.epoch, "clamp": spec.epoch is not None,
         },
     }  # fmt: skip
@@ -107,9 +123,21 @@ def read(out: Path) -> tuple[Kernel, dict[str, DiskImage | Initrd], str]:
 def _root(file: File, about: Json) -> DiskImage | Initrd:
     words = tuple(str(word) for word in about["words"])
     if "compression" in about:
-        numbers = {name: int(about[name]) for name in ("unpacked", "entries", "resident", "lost_xattrs")}
+        wanted = ("unpacked", "entries", "resident", "memory", "skipped", "lost_xattrs")
+        numbers = {name: int(about[name]) for name in wanted}
         return Initrd(file=file, compression=str(about["compression"]), words=words, **numbers)
-    return DiskImage(file=file, filesystem=str(about["filesystem"]), dax=bool(about["dax"]), words=words)
+    return DiskImage(
+        file=file, filesystem=str(about["filesystem"]), dax=bool(about["dax"]), words=words,
+        disk_words=tuple(map(str, about["disk_words"])), format=str(about["format"]), writable=bool(about["writable"]),
+        skipped=int(about["skipped"]), verity=_verity(about["verity"]) if about["verity"] else None,
+    )  # fmt: skip
+
+
+def _verity(about: Json) -> Verity:
+    return Verity(
+        root_hash=str(about["root_hash"]), salt=str(about["salt"]), blocks=int(about["data_blocks"]),
+        words=tuple(map(str, about["words"])), pmem_words=tuple(map(str, about["pmem_words"])),
+    )  # fmt: skip
 
 
 def _checked(out: Path, name: str, said: Json) -> File:

@@ -6,6 +6,7 @@ schema 2, and skopeo's transport words (containers-transports(5)).
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,16 @@ _STRUCTURE: Final = re.compile(rb"[\[\]{}]")
 _REPOSITORY: Final = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*\Z")
 _HOST: Final = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?\Z")
 _TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")
+_PORT: Final = re.compile(r":[0-9]{1,5}\Z")
+_ABOUT_DIGEST: Final = re.compile(r"sha[0-9]+:[^/@]*\Z", re.IGNORECASE)  # right or wrong, it is meant as one
+# Behind a word that is nearly a source's: a port, a version, or a tag of Docker's own image (hub.docker.com/_/docker).
+_PORT_OR_VERSION: Final = re.compile(r"[0-9]{1,5}/|(?:v?[0-9][\w.-]*|(?:cli|dind|git|latest|rc)(?:-[\w.-]*)?)\Z")
+_OTHER_WORDS: Final[Mapping[str, str]] = {
+    "oci-archive": "oci",
+    "oci-dir": "oci",
+    "oci-layout": "oci",
+    "directory": "dir",
+}
 
 DOCKER_HUB: Final = "docker.io"
 HUB_NAMES: Final = frozenset((DOCKER_HUB, "index.docker.io", "registry-1.docker.io"))
@@ -62,8 +73,7 @@ class Reference:
     digest: str = ""  # of two, this one counts
 
     def __str__(self) -> str:
-        word = {"": "", "docker": "docker://"}.get(self.transport, f"{self.transport}:")
-        text = word + self.name + (f":{self.tag}" if self.tag else "")
+        text = _spelled(self.transport) + self.name + (f":{self.tag}" if self.tag else "")
         return text + (f"@{self.digest}" if self.digest else "")
 
 
@@ -151,26 +161,70 @@ def choose_platform(found: Sequence[Descriptor], wanted: Platform, where: str) -
 def parse_reference(text: str, transports: frozenset[str]) -> Reference:
     """`docker-daemon:debian:12`, `docker://debian:12`, `oci:DIR[:TAG]`, `dir:PATH`; a bare name has no transport."""
     head, colon, rest = text.partition(":")
-    if not text or text != text.strip() or "\0" in text:
-        raise SpecError(f"no image is named {quote(text)}")
+    if not text:
+        raise SpecError("no image is named ''")
+    if text != text.strip() or "\0" in text:
+        raise SpecError("an image's name has no space at its ends, and no zero byte")
     # docker:27 is Docker's own image on Docker Hub.
-    if colon and head in transports and (head != "docker" or rest.startswith("//")):
-        if not rest:
-            raise SpecError(f"{head}: names no image", hint=f"write {head}:NAME")
-        if head == "docker-daemon":
-            return _repository(head, rest)
-        if head == "docker":
-            return _repository(head, rest.removeprefix("//"))
-        if head == "oci":
-            path, _, tag = rest.rpartition(":")
-            if path and "/" not in tag:
-                return Reference(transport=head, name=path, tag=tag)
-        return Reference(transport=head, name=rest)
-    if text.startswith(("/", "./", "../")):
-        raise SpecError(f"{quote(text)} is a path", hint=f"say what it is: oci:{text} or docker-archive:{text}")
+    if colon and head in transports and (head != "docker" or not rest or rest.startswith("//")):
+        return _of_transport(head, rest.removeprefix("//") if head == "docker" else rest)
+    if text in (".", "..") or text.startswith(("/", "./", "../")):
+        path = shown(text)
+        raise SpecError(
+            f"{quote(text)} is a path", hint=f"say what it is: dir:{path}, oci:{path}, docker-archive:{path}"
+        )
+    _refuse_user(text)
+    if colon:
+        _refuse_misspelt(head, rest, transports)
     if "://" in text or re.match(r"[a-z-]+:[./]", text):
-        raise SpecError(f"no transport {quote(head)}", hint=f"one of {', '.join(sorted(transports))}")
+        raise SpecError(f"no source {quote(head)}", hint=f"one of {' '.join(map(_spelled, sorted(transports)))}")
     return _repository("", text)
+
+
+def _of_transport(transport: str, rest: str) -> Reference:
+    if not rest:
+        raise SpecError(f"{_spelled(transport)} names no image", hint=f"write {_spelled(transport)}NAME")
+    if transport in ("docker-daemon", "docker"):
+        return _repository(transport, rest)
+    if transport == "oci":
+        path, _, tag = rest.rpartition(":")
+        if path and "/" not in tag:
+            return Reference(transport=transport, name=path, tag=tag)
+    return Reference(transport=transport, name=rest)
+
+
+def _refuse_misspelt(word: str, rest: str, transports: frozenset[str]) -> None:
+    """SpecError for what would be an image name, but begins as a source does, or nearly so."""
+    if _PORT_OR_VERSION.match(rest) or "/" in word:
+        return
+    near = difflib.get_close_matches(word.lower(), sorted(transports), 1, 0.9 if len(word) > 4 else 0.8)
+    meant = _OTHER_WORDS.get(word, near[0] if near else "")
+    if meant not in transports:
+        return
+    rest = shown(rest.lstrip("/") if meant == "docker" else rest)
+    hint = f"did you mean {_spelled(meant)}{rest}?"
+    if "docker" in transports and _REPOSITORY.match(word) and _TAG.match(rest):
+        hint += f" (an image really called that: docker://{word}:{rest})"
+    raise SpecError(f"{quote(word + ':')} is no source", hint=hint)
+
+
+def _refuse_user(text: str) -> None:
+    """SpecError, which repeats none of it, for a user name or password before a host."""
+    _, at, after = text.partition("@")
+    if at and not _ABOUT_DIGEST.match(after):
+        raise SpecError(
+            "no user name and no password can be in an image's name",
+            hint="docker login HOST, or --authfile FILE; what may follow an @ is a digest, sha256:…",
+        )
+
+
+def _spelled(transport: str) -> str:
+    return {"": "", "docker": "docker://"}.get(transport, f"{transport}:")
+
+
+def shown(text: str) -> str:
+    """The user's own words in a hint: to be copied, unless a terminal would obey them."""
+    return text if text.isprintable() else quote(text)
 
 
 def registry_of(name: str) -> tuple[str, str]:
@@ -187,7 +241,8 @@ def parse_mirror(text: str) -> tuple[str, str]:
     """`HOST[:PORT][/PREFIX]`: a registry, and what comes before the names of its repositories."""
     host, _, path = text.removeprefix("https://").rstrip("/").partition("/")
     if not _HOST.match(host) or (path and not _REPOSITORY.match(path)):
-        raise SpecError(f"{quote(text)} is no mirror", hint="HOST[:PORT] or HOST[:PORT]/PREFIX")
+        said = "what holds an @" if "@" in text else quote(text)  # a password might stand before it
+        raise SpecError(f"{said} is no mirror", hint="HOST[:PORT] or HOST[:PORT]/PREFIX")
     return host, f"{path}/" if path else ""
 
 
@@ -196,18 +251,39 @@ def _is_host(text: str) -> bool:
 
 
 def _repository(transport: str, text: str) -> Reference:
+    _refuse_user(text)
     name, at, digest = text.partition("@")
-    if at:
-        check_digest(digest, "the reference")
+    if at and not _DIGEST.match(digest):
+        raise SpecError(f"{quote(digest)} is no digest", hint="sha256: and 64 hex digits in lower case")
+    if transport == "docker" and _is_only_host(name):
+        host = name.rstrip("/")
+        raise SpecError(f"{quote(host)} is a registry, and no image of it is named", hint=f"docker://{host}/NAME")
     tag = "" if digest else "latest"
     if ":" in name.rpartition("/")[2]:
         name, _, tag = name.rpartition(":")
     host, slash, path = name.partition("/")
     plain = path if slash and _is_host(host) else name
     # An image ID is a name of its own kind to the daemon.
-    if not _REPOSITORY.match(plain) or not (_TAG.match(tag) or (digest and not tag)):
-        raise SpecError(f"{quote(text)} is no image name", hint="NAME[:TAG] or NAME@sha256:…")
+    if not _REPOSITORY.match(plain):
+        lower = plain.lower()
+        if not _REPOSITORY.match(lower):
+            raise SpecError(f"{quote(text)} is no image name", hint="NAME[:TAG] or NAME@sha256:…")
+        right = name.removesuffix(plain) + lower + text[len(name) :]
+        raise SpecError(
+            f"{quote(text)} is no image name: names are lower case", hint=f"{_spelled(transport)}{shown(right)}"
+        )
+    if not _TAG.match(tag) and not (digest and not tag):
+        raise SpecError(
+            f"{quote(text)} is no image name: {quote(tag)} is no tag",
+            hint="a tag is letters, digits, '_', '.' and '-', at most 128, and begins with none of the last two",
+        )
     return Reference(transport=transport, name=name, tag=tag, digest=digest)
+
+
+def _is_only_host(name: str) -> bool:
+    """Whether that is a registry's address without an image: no image on Docker Hub itself has a dot in its name."""
+    host = _PORT.sub("", name.rstrip("/"))
+    return bool(_HOST.match(host)) and (host == "localhost" or "." in host or host.startswith("["))
 
 
 def check_digest(text: object, where: str) -> str:

@@ -26,13 +26,22 @@ import typer
 
 from osbuild.arch import Arch, find_arch, host_arch
 from osbuild.errors import SpecError
+from osbuild.filesystem import FILESYSTEMS
+from osbuild.nvdimm_image import ALIGN
 from osbuild.oci import Platform, parse_platform
-from osbuild.spec import KINDS, Addition, BuildSpec, GuestSpec, RegistrySpec, RootfsSpec
+from osbuild.spec import KINDS, Addition, BuildSpec, DiskSpec, GuestSpec, RegistrySpec, RootfsSpec
 from osbuild.tar import Limits
 from osbuild.tree import quote
+from osbuild.verity import parse_salt
 
 # A word's value; Any because the table says per word what it is, and both readers check it.
 Words = Mapping[str, Any]
+
+
+class Size(str):
+    """A number of bytes as people write it: 64M, 2G, 128MiB, 4096."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +49,7 @@ class Option:
     """One word: on the command line `--name`, in the file a key of its table."""
 
     name: str
-    kind: type  # str, int, float, bool, Path or list (of str)
+    kind: type  # str, int, float, bool, Path, Size or list (of str)
     group: str  # commands take words by the group
     help: str
 
@@ -52,13 +61,34 @@ class Option:
 
 _TOP: Final = frozenset(("image", "output", "disk", "initramfs"))
 
+_ALIGN_HELP: Final = (
+    "the image's size is a multiple of this, itself one of 2M: all that DAX needs (the default). 128M: as Kata's own "
+    "images; 1G: for arm64 hosts that plug memory in steps of that size"
+)
+_WRITABLE_HELP: Final = (
+    "the filesystem is good for a guest that has a copy of its own and writes to it: a journal, inodes to spare. As a "
+    "disk it is mounted rw; as an NVDIMM, which guests share, it stays read-only"
+)
+_VERITY_HELP: Final = (
+    "add a hash tree for dm-verity as partition 2 (sha256, blocks of 4 KiB), and say what the kernel must be told; a "
+    "boot uses either verity or DAX, and the file is good for both"
+)
+
 OPTIONS: Final = (
     Option("platform", str, "image", "which image of several: OS/ARCHITECTURE[/VARIANT]; by default the guest's own"),
     Option("arch", str, "image", "x86_64 is the only one yet"),
     Option("make", str, "output", "what to make and boot: image, initrd, or both with a comma (the default)"),
     Option("no-smoke", bool, "output", "do not boot what was made"),
-    Option("fs", str, "disk", "ext4"),
-    Option("compress", str, "initramfs", "zstd (the default), gzip or none"),
+    Option("fs", str, "disk", f"the image's filesystem: {', '.join(FILESYSTEMS)} (ext4 when not given)"),
+    Option("align", Size, "disk", _ALIGN_HELP),
+    Option("size", Size, "disk", "of the whole image, a multiple of --align; as small as can be when not given"),
+    Option("free", Size, "disk", "at least so much free space in the filesystem; none when not given"),
+    Option("writable", bool, "disk", _WRITABLE_HELP),
+    Option("no-dax-header", bool, "disk", "a plain disk, its partition at 1 MiB, as Firecracker takes it; no NVDIMM"),
+    Option("verity", bool, "disk", _VERITY_HELP),
+    Option("salt", str, "disk", "of the hash tree, hex digits; made from the content when not given"),
+    Option("format", str, "disk", "raw (the default) or qcow2, by qemu-img: the same disk, but it cannot be an NVDIMM"),
+    Option("compress", str, "initramfs", "zstd (the default), gzip, lz4 or none"),
     Option("recipe", str, "recipe", "make the image by docker build: debian, ubuntu, alpine or fedora; no IMAGE then"),
     Option("base", str, "recipe", "the image that a recipe starts from, instead of its own"),
     Option("release", str, "recipe", "another release of the recipe's distribution"),
@@ -85,8 +115,10 @@ OPTIONS: Final = (
     Option("limit", list, "image", "NAME=NUMBER, how much an image may hold; --limit help lists them"),
 )
 _TABLES: Final = frozenset(option.table for option in OPTIONS) - {""}
-_TYPES: Final = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
-_METAVARS: Final = {str: "WORD", int: "N", float: "SECONDS", Path: "PATH", list: "TEXT"}
+_TYPES: Final = {
+    str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path", Size: "a size",
+}  # fmt: skip
+_METAVARS: Final = {str: "WORD", int: "N", float: "SECONDS", Path: "PATH", list: "TEXT", Size: "SIZE"}
 _CONFIG: Final = "osbuild.toml"
 _OF_FILES: Final = frozenset(("docker-archive", "oci", "dir"))  # sources that name a path
 
@@ -167,13 +199,25 @@ def build_spec(image: str, out: Path, words: Words, **more: Any) -> BuildSpec:
     platform = parse_platform(words["platform"]) if "platform" in words else None
     wanted: dict[str, Any] = {
         "kinds": tuple(word for word in words.get("make", ",".join(KINDS)).split(",") if word),
-        "filesystem": words.get("fs", "ext4"), "compress": words.get("compress", "zstd"),
+        "disk": disk_spec(words), "compress": words.get("compress", "zstd"),
         "features": tuple(words.get("with", ())), "kernel_source": words.get("source"),
         "smoke": not words.get("no-smoke", False),
     }  # fmt: skip
+    if image and "salt" in words and not words.get("verity"):  # without an image, a file's words are tried one by one
+        raise SpecError("--salt is for a hash tree, and none is asked for", hint="--verity, or leave it out")
     return BuildSpec(
         image=image, out=out, arch=arch_of(words, platform), platform=platform, limits=limits(words),
         registry=registry_spec(words), rootfs=rootfs_spec(words), guest=guest_spec(words), **wanted | more,
+    )  # fmt: skip
+
+
+def disk_spec(words: Words) -> DiskSpec:
+    """What the disk image is to be."""
+    return DiskSpec(
+        filesystem=words.get("fs", "ext4"), align=_size("align", words, ALIGN), size=_size("size", words),
+        free=_size("free", words), writable=words.get("writable", False),
+        header=not words.get("no-dax-header", False), verity=words.get("verity", False),
+        salt=parse_salt(words["salt"]) if "salt" in words else b"", format=words.get("format", "raw"),
     )  # fmt: skip
 
 
@@ -240,6 +284,14 @@ def _addition(text: str) -> Addition:
     return Addition(source=Path(source), target=target)
 
 
+def _size(name: str, words: Words, default: int = 0) -> int:
+    text = str(words.get(name, default))
+    found = re.fullmatch(r"([0-9]{1,15})(?:([KMGT])(?:iB)?)?", text, re.IGNORECASE)
+    if found is None:
+        raise SpecError(f"--{name}: {quote(text)} is no size", hint="64M, 2G, 128MiB, or a number of bytes")
+    return int(found[1]) << 10 * (" KMGT".index(found[2].upper()) if found[2] else 0)
+
+
 def _checked(name: str, value: Any, table: str, path: Path) -> Any:
     """One value of the file as the command line would have given it; paths are relative to the file."""
     where = f"{quote(str(path))}: " + (f"[{table}] " if table else "") + quote(name)
@@ -265,9 +317,9 @@ def _value(option: Option, value: Any, path: Path, where: str) -> Any:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise SpecError(f"{where} is not a list of texts", hint=f'{option.name} = ["…"]')
         return [str(path.parent / item) for item in value] if option.name == "add" else value
-    kind: type = str if option.kind is Path else option.kind
-    if isinstance(value, int) and not isinstance(value, bool) and kind is float:
-        value = float(value)
+    kind: type = str if option.kind in (Path, Size) else option.kind
+    if isinstance(value, int) and not isinstance(value, bool) and option.kind in (float, Size):
+        value = float(value) if kind is float else str(value)
     if type(value) is not kind:
         raise SpecError(f"{where} is not {_TYPES[option.kind]}")
     return path.parent / str(value) if option.kind is Path else value
@@ -301,7 +353,7 @@ def _identifier(option: Option) -> str:
 
 
 def _type(option: Option) -> Any:
-    kind: Any = list[str] if option.kind is list else option.kind
+    kind: Any = list[str] if option.kind is list else str if option.kind is Size else option.kind
     if option.kind is bool:
         return Annotated[bool | None, typer.Option(f"--{option.name}", help=option.help, show_default=False)]
     return Annotated[kind | None, typer.Option(f"--{option.name}", help=option.help, metavar=_METAVARS[option.kind])]

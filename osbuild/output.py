@@ -1,27 +1,38 @@
-"""Files that appear whole or not at all: made beside their place, synced, renamed."""
+"""Files that appear whole or not at all: made beside their place without a name, synced, named, renamed."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import os
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from osbuild.errors import HostError, SpecError
 from osbuild.tree import quote
 
+_CHUNK: Final = 1 << 20
+_ZEROS: Final = bytes(_CHUNK)
+_SUFFIX: Final = ".osbuilder"  # of names that a file has for a moment
+_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a disk, or its owner, may answer
+
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[int]:
+def writing(path: Path, *, needs: int = 0) -> Iterator[int]:
     """The descriptor of a new file that takes the place of `path` when the block ends well, and vanishes otherwise.
 
     Mode 0644 whatever the umask. SpecError when something other than a regular file is there; HostError with the
     directory's name when there is no room or no permission.
+    needs: bytes that will be written at least; when they do not fit, it is said before the first.
     """
-    _refuse_strange(path)
+    check_output(path)
+    _check_room(path.parent, needs)
     try:
         descriptor, temporary = _open_beside(path)
     except OSError as problem:
@@ -30,13 +41,14 @@ def writing(path: Path) -> Iterator[int]:
         yield descriptor
         os.fchmod(descriptor, 0o644)
         os.fsync(descriptor)
-        if not temporary:
-            temporary = _name_it(descriptor, path)
-        os.rename(temporary, path)  # noqa: PTH104
-        temporary = ""
+        if temporary:
+            os.rename(temporary, path)  # noqa: PTH104
+            temporary = ""
+        else:
+            _give_name(descriptor, path)
         sync(path.parent)
     except OSError as problem:
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if problem.errno in _DISK:
             raise HostError(f"cannot write {quote(str(path))}: {problem.strerror}") from problem
         raise
     finally:
@@ -48,24 +60,57 @@ def writing(path: Path) -> Iterator[int]:
 def _open_beside(path: Path) -> tuple[int, str]:
     """A new file beside `path`: without a name where that is possible, so that a killed run leaves none."""
     try:
-        return os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), ""
+        descriptor = os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        name = ""
     except OSError as problem:
         if problem.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise
-        return tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        _sweep(path)
+        descriptor, name = tempfile.mkstemp(prefix=_prefix(path), suffix=_SUFFIX, dir=path.parent)
+    with contextlib.suppress(OSError):  # some network file systems know no locks: then nothing is swept there
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor, name
 
 
-def _name_it(descriptor: int, path: Path) -> str:
-    temporary = str(path.parent / f".{path.name}.{os.getpid()}-{descriptor}")
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)  # noqa: PTH108
+def _give_name(descriptor: int, path: Path) -> None:
+    """Name a nameless file: at once where the name is free, else by way of another name, which can take its place."""
+    try:
+        _link(descriptor, str(path))
+    except FileExistsError:
+        _sweep(path)
+        temporary = str(path.parent / f"{_prefix(path)}{os.getpid()}-{descriptor}{_SUFFIX}")
+        _link(descriptor, temporary)
+        try:
+            os.rename(temporary, path)  # noqa: PTH104
+        except OSError:
+            os.unlink(temporary)  # noqa: PTH108
+            raise
+
+
+def _link(descriptor: int, name: str) -> None:
     # Without a directory descriptor Python calls link(2), which would link the symbolic link itself.
     here = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.link(str(descriptor), temporary, src_dir_fd=here, follow_symlinks=True)
+        os.link(str(descriptor), name, src_dir_fd=here, follow_symlinks=True)
     finally:
         os.close(here)
-    return temporary
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name[:50]}."
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed runs left of this output: what nobody locks any more."""
+    for name in os.listdir(path.parent):
+        if name.startswith(_prefix(path)) and name.endswith(_SUFFIX):
+            with contextlib.suppress(OSError):  # in use, somebody else's, or just gone
+                left = os.open(path.parent / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(path.parent / name)  # noqa: PTH108
+                finally:
+                    os.close(left)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -85,14 +130,92 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _refuse_strange(path: Path) -> None:
+@contextlib.contextmanager
+def nameless(directory: Path) -> Iterator[int]:
+    """The descriptor of a new file that vanishes at the end of the block."""
+    descriptor, temporary = _open_beside(directory / "scratch")
+    try:
+        if temporary:
+            os.unlink(temporary)  # noqa: PTH108
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def flushing(descriptor: int) -> Iterator[None]:
+    """What was written before goes to the disk while the block does something else; at its end it is there.
+
+    OSError when the disk refuses. What the block itself writes is flushed later, by `writing`.
+    """
+    problems: list[OSError] = []
+
+    def flush() -> None:
+        try:
+            os.fsync(descriptor)
+        except OSError as problem:
+            problems.append(problem)
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+    if problems:
+        raise problems[0]
+
+
+def digest(descriptor: int) -> str:
+    """sha256 in hex of a whole open file; its holes are hashed, but not read."""
+    total = hashlib.sha256()
+    at, size = 0, os.fstat(descriptor).st_size
+    while at < size:
+        following = _next_data(descriptor, at, size)
+        for start in range(at, following, _CHUNK):
+            total.update(_ZEROS[: following - start])
+        data = os.pread(descriptor, _CHUNK, following)
+        total.update(data)
+        at = following + len(data)
+    return total.hexdigest()
+
+
+def check_output(path: Path) -> None:
+    """What can be said before any work whether a file may be written there."""
     try:
         found = path.lstat()
     except FileNotFoundError:
-        return
+        found = None
     except OSError as problem:
         raise HostError(f"cannot look at {quote(str(path))}: {problem.strerror}") from problem
-    if not stat.S_ISREG(found.st_mode):
+    if found is not None and not stat.S_ISREG(found.st_mode):
         raise SpecError(
             f"{quote(str(path))} exists and is not a regular file", hint="remove it, or choose another name"
         )
+    home = path.parent
+    if not home.is_dir():
+        why = os.strerror(errno.ENOTDIR if home.exists() else errno.ENOENT)
+        raise HostError(f"cannot write in {quote(str(home))}: {why}", hint="make it a directory, or name another")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise HostError(f"cannot write in {quote(str(home))}: {os.strerror(errno.EACCES)}", hint="name another")
+
+
+def _check_room(home: Path, needs: int) -> None:
+    if not needs:
+        return
+    there = os.statvfs(home)
+    free = (there.f_bavail if os.geteuid() else there.f_bfree) * there.f_frsize
+    if free < needs:
+        raise HostError(
+            f"no space left on {quote(str(home))}: need {-(-needs >> 20)} MiB, have {free >> 20} MiB",
+            hint="make room, or name another directory",
+        )
+
+
+def _next_data(descriptor: int, at: int, size: int) -> int:
+    try:
+        return min(os.lseek(descriptor, at, os.SEEK_DATA), size)
+    except OSError as problem:
+        if problem.errno == errno.ENXIO:  # nothing but a hole until the end
+            return size
+        return at

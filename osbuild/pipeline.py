@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from osbuild import manifest, smoke
+from osbuild import command, manifest, smoke
 from osbuild.agent import build_agent
 from osbuild.arch import MIB
 from osbuild.artifacts import DiskImage, File, Initrd, Kernel, Rootfs
@@ -27,9 +27,10 @@ from osbuild.report import Report, SmokeReport, Verdict
 from osbuild.rootfs import Explained, assemble_rootfs, explain
 from osbuild.runtime import RUNTIMES
 from osbuild.runtime.base import Machine, least_memory
-from osbuild.sources import open_image
+from osbuild.sources import find_source, open_image
 from osbuild.sources.image import SourceImage, Want
-from osbuild.spec import BuildSpec, GuestSpec
+from osbuild.spec import BuildSpec, DiskSpec, GuestSpec
+from osbuild.tree import Sparse, Tree
 from osbuild.workload import workload
 from osbuild.workspace import copy_file, locked, make_room, replace_outputs, workspace
 
@@ -54,6 +55,8 @@ def build(spec: BuildSpec, cache: Cache, show: Show) -> Build:
     with workspace(spec.out) as out:
         if spec.smoke:
             RUNTIMES[VMM].ready(spec.arch, spec.guest.accel)
+        if "image" in spec.kinds:
+            check_host(spec.disk)
         image = open_source(spec, cache, show)
         rootfs = make_rootfs(spec, image, cache, show)
         kernel = make_kernel(spec, cache, show)
@@ -77,6 +80,7 @@ def build(spec: BuildSpec, cache: Cache, show: Show) -> Build:
 def open_source(spec: BuildSpec, cache: Cache, show: Show) -> SourceImage:
     """The image, checked and flattened."""
     platform = spec.platform or Platform(os="linux", architecture=spec.arch.oci)
+    find_source(spec.image)  # before its name is shown: it is refused when it holds a password
     with show.step(f"opening {spec.image}", name="open") as step:
         want = Want(
             platform=platform, cache=cache, limits=spec.limits, registry=spec.registry, progress=step.advance
@@ -141,14 +145,41 @@ def check_bootable(rootfs: Rootfs, spec: BuildSpec) -> None:
 
 
 def make_image(spec: BuildSpec, rootfs: Rootfs, out: Path, show: Show) -> DiskImage:
-    """The DAX image."""
-    filesystem = FILESYSTEMS[spec.filesystem]
+    """The disk image."""
+    disk = spec.disk
+    filesystem = FILESYSTEMS[disk.filesystem]
     with show.step(f"writing {out.name}", name="image") as step:
-        plan = filesystem.plan(rootfs.tree, start=FILESYSTEM_START, epoch=rootfs.epoch)
-        image = build_nvdimm_image(filesystem, plan, out, name=spec.filesystem, align=spec.align)
-        image = dataclasses.replace(image, words=(*image.words, *rootfs.words))
-        step.note = f"{spec.filesystem}, {size_text(image.file.size)}"
+        plan = filesystem.plan(rootfs.tree, start=FILESYSTEM_START, epoch=rootfs.epoch, dax=disk.header, room=disk.room)
+        image = build_nvdimm_image(
+            filesystem, plan, out, name=disk.filesystem, align=disk.align, total=disk.size, header=disk.header,
+            hashed=disk.verity, salt=disk.salt, writable=disk.writable, file_format=disk.format, words=rootfs.words,
+            needs=stored_size(rootfs.tree),
+        )  # fmt: skip
+        step.note = f"{disk.filesystem}, {size_text(image.file.size)}"
+        if image.verity is not None:
+            step.note += f", root hash {image.verity.root_hash}"
+        if image.skipped:
+            step.note += f"; without {image.skipped} socket{'s' * (image.skipped > 1)}"
+    if disk.header and not image.dax:
+        show.say(f"note: {disk.format} cannot be an NVDIMM; this image boots as a disk")
+    elif disk.writable and image.dax:
+        show.say("note: an NVDIMM is shared by guests and stays read-only; as a disk, a copy of it can be written to")
     return image
+
+
+def stored_size(tree: Tree) -> int:
+    """Bytes of all files, each once, without their holes: what an image of them takes at least."""
+    contents = [entry.content for entry in set(tree.values())]
+    return sum(
+        sum(size for _, _, size in content.pieces) if isinstance(content, Sparse) else content.size
+        for content in contents
+    )
+
+
+def check_host(disk: DiskSpec) -> None:
+    """HostError, before any work, when a tool that the disk image needs is missing."""
+    if disk.format != "raw":
+        command.find("qemu-img", package="qemu-utils")
 
 
 def make_initrd(spec: BuildSpec, rootfs: Rootfs, out: Path, show: Show) -> Initrd:
@@ -158,6 +189,8 @@ def make_initrd(spec: BuildSpec, rootfs: Rootfs, out: Path, show: Show) -> Initr
         step.note = f"{spec.compress}, {size_text(initrd.file.size)}"
         if initrd.lost_xattrs:  # newc has no place for them
             step.note += f"; without the extended attributes of {initrd.lost_xattrs} of its files"
+        if initrd.skipped:
+            step.note += f"; without {initrd.skipped} sockets"
     return initrd
 
 
@@ -198,10 +231,21 @@ def boot_all(
     wishes: GuestSpec, kernel: Kernel, roots: Mapping[str, DiskImage | Initrd], out: Path, agent: str, show: Show
 ) -> Report:
     """Boot each root in turn; the report and its evidence lie in `out`/smoke afterwards."""
-    boots = tuple(boot(wishes, kernel, name, root, out, agent, show) for name, root in roots.items())
+    boots = tuple(boot(wishes, kernel, name, root, out, agent, show) for name, root in ways_to_boot(roots).items())
     report = Report(boots=boots)
     report.write(out / "smoke")
     return report
+
+
+def ways_to_boot(roots: Mapping[str, DiskImage | Initrd]) -> dict[str, DiskImage | Initrd]:
+    """Each root, and an image once more through its hash tree, or as the disk that can be written to."""
+    found = dict(roots)
+    for name, root in roots.items():
+        if isinstance(root, DiskImage) and root.verity is not None:
+            found[f"{name}-verity"] = root.through_verity()
+        if isinstance(root, DiskImage) and root.writable and root.dax:
+            found[f"{name}-disk"] = root.as_disk()
+    return found
 
 
 def boot(

@@ -189,11 +189,15 @@ def judge_root(root: DiskImage | Initrd, fields: Mapping[str, Any]) -> str:
     if kind != root.filesystem:
         raise Wrong(f"the root is not {root.filesystem} but {said}")
     wanted = next((word.partition("=")[2] for word in root.words if word.startswith("root=/dev/")), "")
-    if wanted and device.startswith("/dev/") and device not in (wanted, "/dev/root"):
+    names = (wanted,) if root.verified else (wanted, "/dev/root")
+    if wanted and device.startswith("/dev/") and device not in names:
         raise Wrong(f"the root is not on {wanted} but {said}")
-    if "ro" not in options:
+    if "rw" in root.words:
+        if "rw" not in options:
+            raise Wrong(f"the root cannot be written to: {said}")
+    elif "ro" not in options:
         raise Wrong(f"the root can be written to: {said}")
-    if root.dax and not {"dax", "dax=always"} & set(options):
+    if root.dax and not root.verified and not {"dax", "dax=always"} & set(options):
         raise Wrong(f"the root is mounted without DAX: {said}")
     return said
 
@@ -301,6 +305,14 @@ def _reason(
     return f"{worst.name}: {worst.detail}"
 
 
+def _kind(root: DiskImage | Initrd) -> str:
+    if isinstance(root, Initrd):
+        return "initramfs"
+    if root.verified:
+        return f"{root.filesystem} with verity"
+    return f"{root.filesystem}{' with DAX' if root.dax else ''}"
+
+
 def _facts(machine: Machine, vmm: str) -> dict[str, str | int]:
     root = machine.root
     return {
@@ -308,7 +320,7 @@ def _facts(machine: Machine, vmm: str) -> dict[str, str | int]:
         "arch": machine.arch,
         "kernel": machine.kernel.release,
         "root": str(root.file.path),
-        "root_kind": "initramfs" if isinstance(root, Initrd) else f"{root.filesystem}{' with DAX' if root.dax else ''}",
+        "root_kind": _kind(root),
         "memory_mib": machine.memory_mib,
         "cpus": machine.cpus,
         "nonce": machine.nonce,

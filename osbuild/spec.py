@@ -11,8 +11,9 @@ from typing import Final
 
 from osbuild.arch import Arch
 from osbuild.errors import SpecError
-from osbuild.filesystem import FILESYSTEMS
+from osbuild.filesystem import FILESYSTEMS, Room
 from osbuild.initrd import COMPRESSIONS
+from osbuild.nvdimm_image import ALIGN, FORMATS, Layout, check_align
 from osbuild.oci import Platform
 from osbuild.tar import Limits
 from osbuild.tree import quote
@@ -22,6 +23,8 @@ ACCELS: Final = ("auto", "kvm", "tcg")
 INITS: Final = ("agent", "systemd")
 _SECONDS_MAX: Final = 86400
 _LEAST_MIB: Final = 64
+_DISK_MAX: Final = 2 << 40  # what an MBR can say
+_READ_ONLY: Final = frozenset(("erofs",))
 _EPOCH_MAX: Final = (1 << 32) - 1  # what a cpio header can say
 
 
@@ -90,6 +93,55 @@ class RootfsSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSpec:
+    """What the disk image is to be, whatever is in it: SpecError when it cannot be meant."""
+
+    filesystem: str = "ext4"
+    align: int = ALIGN  # bytes that its size is a multiple of
+    size: int = 0  # bytes of the whole image; 0: as few as it needs
+    free: int = 0  # bytes of free space in the filesystem at least
+    writable: bool = False  # good for a guest that has a copy of its own and writes to it
+    header: bool = True  # it can be an NVDIMM
+    verity: bool = False  # with a hash tree
+    salt: bytes = b""  # of the hash tree; made from the content when empty
+    format: str = "raw"
+
+    def __post_init__(self) -> None:
+        _one_of("filesystem", self.filesystem, FILESYSTEMS)
+        _one_of("format", self.format, FORMATS)
+        check_align(self.align)
+        if max(self.size, self.free) >= _DISK_MAX:
+            raise SpecError(f"an image of {max(self.size, self.free)} bytes; it must have less than 2 TiB")
+        if self.size % self.align:
+            raise SpecError(
+                f"an image of {self.size} bytes is no multiple of its alignment, {self.align}",
+                hint="another size, or another alignment",
+            )
+        if self.size:
+            self.layout()
+        if self.verity and self.writable:
+            raise SpecError(
+                "an image with a hash tree cannot be written to: each write would make it a damaged one",
+                hint="either verity or writable",
+            )
+        if self.filesystem in _READ_ONLY and (self.writable or self.free or self.size):
+            raise SpecError(
+                f"{self.filesystem} is read-only and as large as its content: nothing can be free, or written",
+                hint="ext4 can have that",
+            )
+
+    def layout(self) -> Layout:
+        """Where everything lies in an image of the size that was asked for."""
+        return Layout.within(self.size, align=self.align, header=self.header, hashed=self.verity)
+
+    @property
+    def room(self) -> Room:
+        """What the filesystem is to have beyond its contents."""
+        size = self.layout().data_size if self.size else 0
+        return Room(writable=self.writable, size=size, free=self.free)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildSpec:
     """One build: SpecError when it cannot be meant."""
 
@@ -97,9 +149,8 @@ class BuildSpec:
     out: Path
     arch: Arch
     kinds: tuple[str, ...] = KINDS  # what to make and boot
-    filesystem: str = "ext4"
+    disk: DiskSpec = field(default_factory=DiskSpec)
     compress: str = "zstd"
-    align: int = 2 << 20  # bytes that the DAX image's size is a multiple of
     kernel_source: Path | None = None
     features: tuple[str, ...] = ()
     smoke: bool = True
@@ -111,7 +162,6 @@ class BuildSpec:
     epoch: int | None = field(default_factory=lambda: source_date_epoch())
 
     def __post_init__(self) -> None:
-        _one_of("filesystem", self.filesystem, FILESYSTEMS)
         _one_of("compression", self.compress, COMPRESSIONS)
         if not self.kinds or set(self.kinds) - set(KINDS):
             raise SpecError(f"nothing to make of {quote(', '.join(self.kinds))}", hint=f"some of {', '.join(KINDS)}")

@@ -37,6 +37,8 @@ _REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
 _PASSING: Final = frozenset((429, 500, 502, 503, 504))  # answers that another try may better
 _CHUNK: Final = 256 << 10
 _PROGRESS: Final = 1 << 20  # bytes after which a failure is the first again
+_TRIES_UNMET: Final = 2  # of a host that nobody has met: waiting makes no name known, and starts no server here
+_OTHER_WAYS: Final = "--mirror HOST=MIRROR, --offline, or an image as oci: or docker-archive:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +57,14 @@ class Patience:
 class TransientError(Exception):
     """A failure that may pass; whoever counts the tries catches it."""
 
-    def __init__(self, reason: str, *, wait: float = 0.0, wrong: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, wait: float = 0.0, wrong: bool = False, unmet: bool = False, hint: str = ""
+    ) -> None:
         super().__init__(reason)
         self.wait = wait  # seconds that the other side asks for
         self.wrong = wrong  # an answer, but not what it should be: the input's fault when it does not pass
+        self.unmet = unmet  # there may be no such host at all
+        self.hint = hint  # what to do when it does not pass
 
 
 class Web:
@@ -72,6 +78,7 @@ class Web:
         self._lock = threading.Lock()
         self._pools: dict[str, urllib3.PoolManager] = {}
         self._open: set[urllib3.BaseHTTPResponse] = set()
+        self._met: set[str] = set()  # HOST[:PORT]s that have answered
 
     def left(self) -> float:
         """Seconds until the deadline; HostError when there are none."""
@@ -151,9 +158,10 @@ class Web:
                 retries=False, preload_content=False, decode_content=False, timeout=urllib3.Timeout(seconds),
             )  # fmt: skip
         except trouble.HTTPError as problem:
-            raise _explained(problem, url.netloc) from None
+            raise _explained(problem, url.netloc, met=url.netloc in self._met) from None
         with self._lock:
             self._open.add(response)
+            self._met.add(url.netloc)
         return response
 
     def _forget(self, response: urllib3.BaseHTTPResponse) -> None:
@@ -232,25 +240,35 @@ class Tries:
         self._web = web
         self._what = what
         self._failures = 0
+        self._unmet = True  # all of the failures were such
         self._moved = 0
+        self._since = time.monotonic()
 
     def progress(self, size: int) -> None:
         """So many bytes came: a failure after enough of them is the first again."""
         self._moved += size
         if self._moved >= _PROGRESS:
             self._failures = self._moved = 0
+            self._since = time.monotonic()
 
     def failed(self, problem: TransientError) -> None:
         """Wait before the next try; HostError or InputError when there is none."""
         patience = self._web.patience
         self._failures += 1
-        if self._failures >= patience.tries:
+        self._unmet = self._unmet and problem.unmet
+        if self._failures >= min(patience.tries, _TRIES_UNMET if self._unmet else patience.tries):
             kind = InputError if problem.wrong else HostError
-            raise kind(f"{self._what}: {problem} ({self._failures} tries)") from None
+            seconds = time.monotonic() - self._since
+            tries = f"({self._failures} tries in {seconds:.1f} s)"
+            raise kind(f"{self._about(problem)} {tries}", hint=problem.hint) from None
         if problem.wait > patience.asked:
-            raise HostError(f"{self._what}: {problem} and asks to wait {problem.wait:.0f} s") from None
+            raise HostError(f"{self._about(problem)} and asks to wait {problem.wait:.0f} s") from None
         backoff = min(patience.first * 2 ** (self._failures - 1), patience.longest)
         self._web.pause(max(backoff, problem.wait))
+
+    def _about(self, problem: TransientError) -> str:
+        said = str(problem)
+        return said if said.startswith(self._what.partition("/")[0]) else f"{self._what}: {said}"
 
 
 def parse_url(text: str, what: str) -> SplitResult:
@@ -334,14 +352,28 @@ def _trusted(netloc: str) -> ssl.SSLContext:
     return context
 
 
-def _explained(problem: trouble.HTTPError, host: str) -> TransientError | HostError:
-    """What happened, without any of the address: what stands behind a `?` may be a secret."""
+def _explained(problem: trouble.HTTPError, host: str, *, met: bool = True) -> TransientError | HostError:
+    """What happened, without any of the address: what stands behind a `?` may be a secret.
+
+    `met`: the host has answered before.
+    """
+    cause = problem.__cause__
     if isinstance(problem, trouble.SSLError) and isinstance(problem.args[0], ssl.SSLCertVerificationError):
         return HostError(
             f"{host}: its certificate is not trusted: {problem.args[0].verify_message}",
             hint=f"SSL_CERT_FILE=FILE, or the authority as {DOCKER_CERTIFICATES / host}/ca.crt",
         )
-    return TransientError(f"{host}: {_reason(problem)}")
+    if isinstance(problem, trouble.NameResolutionError):
+        unknown = isinstance(cause, socket.gaierror) and cause.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
+        hint = f"is it spelled right, and is there a network? {_OTHER_WAYS}"
+        return TransientError(f"{host}: {_reason(problem)}", unmet=unknown and not met, hint=hint)
+    if isinstance(problem, trouble.NewConnectionError) and isinstance(cause, ConnectionRefusedError):
+        here = is_loopback(_hostname(host))
+        return TransientError(
+            f"{host} refuses connections", unmet=here and not met, hint=f"is it running? {_OTHER_WAYS}"
+        )
+    hint = f"is there a network? {_OTHER_WAYS}" if isinstance(problem, trouble.NewConnectionError) else ""
+    return TransientError(f"{host}: {_reason(problem)}", hint=hint)
 
 
 def _reason(problem: BaseException) -> str:

@@ -128,6 +128,32 @@ def test_an_archive_comes_from_standard_input(reference: str, saved: Path) -> No
     assert "/etc/a" in json.loads(done.stdout)["entries"]
 
 
+@pytest.mark.parametrize("source", ["docker-archive", "oci"])
+@pytest.mark.parametrize(
+    ("redirect", "says"),
+    [
+        ("</dev/null", "standard input is not an archive"),
+        ("<&-", "standard input is closed"),
+        ("< <(true)", "standard input is empty"),
+    ],
+)
+def test_standard_input_that_is_no_archive_is_refused_with_how_to_give_one(
+    source: str, redirect: str, says: str
+) -> None:
+    line = f"{sys.executable} -m osbuild rootfs {source}:- -q {redirect}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.splitlines()[0] == f"error: {says}"
+    assert "docker save IMAGE | osbuilder" in done.stderr.splitlines()[1]
+
+
+def test_an_archive_of_a_file_comes_from_standard_input_too(saved: Path) -> None:
+    words = [sys.executable, "-m", "osbuild", "rootfs", "docker-archive:-", "--raw", "--json"]
+    with saved.open("rb") as file:
+        done = subprocess.run(words, stdin=file, capture_output=True, check=True, timeout=60)
+    assert "/etc/a" in json.loads(done.stdout)["entries"]
+
+
 def test_a_tree_whose_contents_lie_elsewhere_has_no_index(saved: Path) -> None:
     backing = Borrowed(saved)
     assert tree_index.dump(Tree({"/f": regular(b"in memory")}), backing) is None

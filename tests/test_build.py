@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,11 +16,13 @@ from typing import Any
 
 import pytest
 
-from osbuild import smoke
-from osbuild.artifacts import File, Initrd, Kernel
+from osbuild import manifest, smoke
+from osbuild.artifacts import DiskImage, File, Initrd, Kernel
 from osbuild.cache import default_cache
+from osbuild.pipeline import stored_size
 from osbuild.report import Verdict
 from osbuild.runtime.base import Machine
+from osbuild.tree import Draft, Sparse, Spool, regular
 from tests.elsewhere import Elsewhere, give_to_nobody, need_root
 from tests.layer_tools import archive, member, write_layout
 from tests.test_cli import OSBUILDER, one_line, run
@@ -253,3 +257,152 @@ def _guests_of(out: Path) -> list[str]:
             if line.startswith(("/usr/bin/qemu", "qemu")) and str(out) in line:
                 found.append(line)
     return found
+
+
+# --- With a hash tree -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def verified(busybox: Path, kernel: object, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """One build with verity, and both its boots."""
+    out = tmp_path_factory.mktemp("verified") / "out"
+    done = run("build", f"oci:{busybox}", "-o", str(out), "--make", "image", "--verity", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr + done.stdout
+    return out, json.loads(done.stdout)
+
+
+def test_with_verity_the_image_is_booted_through_it_too(verified: tuple[Path, dict[str, Any]]) -> None:
+    out, told = verified
+    assert {boot["name"]: boot["verdict"] for boot in told["smoke"]["boots"]} == {
+        "image": "passed",
+        "image-verity": "passed",
+    }
+    report = json.loads((out / "smoke/report.json").read_text())
+    roots = {
+        boot["name"]: next(check["detail"] for check in boot["checks"] if check["name"] == "root")
+        for boot in report["boots"]
+    }
+    assert "/dev/pmem0p1" in roots["image"]
+    assert "dax" in roots["image"]
+    assert "/dev/dm-0" in roots["image-verity"]
+
+
+def test_what_was_built_with_verity_boots_again_in_both_ways(verified: tuple[Path, dict[str, Any]]) -> None:
+    done = run("smoke", str(verified[0]), "--json", "--quiet")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert [boot["name"] for boot in json.loads(done.stdout)["boots"]] == ["image", "image-verity"]
+
+
+def test_the_manifest_says_what_a_kernel_and_kata_must_be_told(verified: tuple[Path, dict[str, Any]]) -> None:
+    out, told = verified
+    image = told["manifest"]["outputs"]["rootfs.img"]
+    about = image["verity"]
+    assert about["params"].startswith(f"root_hash={about['root_hash']},salt={about['salt']},data_blocks=")
+    assert about["words"][1] == "root=/dev/dm-0"
+    assert about["root_hash"] in about["words"][0]
+    assert image["words"][0] == "root=/dev/pmem0p1"
+    _, roots, _ = manifest.read(out)
+    root = roots["image"]
+    assert isinstance(root, DiskImage)
+    assert root.verity is not None
+    assert root.verity.params == about["params"]
+
+
+def test_one_changed_bit_fails_the_boot_through_verity_and_no_other(
+    verified: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(verified[0], out)
+    path = out / "rootfs.img"
+    data = bytearray(path.read_bytes())
+    data[(3 << 20) + 100] ^= 1  # before the superblock, in its block: nobody but verity cares
+    path.write_bytes(data)
+    document = json.loads((out / "manifest.json").read_text())
+    document["outputs"]["rootfs.img"]["sha256"] = hashlib.sha256(data).hexdigest()
+    (out / "manifest.json").write_text(json.dumps(document))
+    done = run("smoke", str(out), "--json", "--quiet")
+    boots = {boot["name"]: boot for boot in json.loads(done.stdout)["boots"]}
+    assert boots["image-verity"]["verdict"] == "failed", boots
+    assert "dm-verity" in boots["image-verity"]["reason"]
+    assert boots["image"]["verdict"] == "passed", boots
+    assert done.returncode == 6
+
+
+def test_a_writable_image_is_booted_as_a_disk_too_and_is_not_changed(
+    busybox: Path, kernel: object, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = run("build", f"oci:{busybox}", "-o", str(out), "--make", "image", "--writable", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr + done.stdout
+    report = json.loads((out / "smoke/report.json").read_text())
+    roots = {
+        boot["name"]: next(check["detail"] for check in boot["checks"] if check["name"] == "root")
+        for boot in report["boots"]
+    }
+    assert set(roots) == {"image", "image-disk"}
+    assert "on /dev/pmem0p1 (ro," in roots["image"]
+    assert "on /dev/vda1 (rw," in roots["image-disk"]
+    image = json.loads(done.stdout)["manifest"]["outputs"]["rootfs.img"]
+    assert image["sha256"] == hashlib.sha256((out / "rootfs.img").read_bytes()).hexdigest()
+    assert image["disk_words"][0] == "root=/dev/vda1"
+    assert "rw" in image["disk_words"]
+    assert "rw" not in image["words"]
+
+
+# --- Only the image -------------------------------------------------------------------------------------------------
+
+
+def test_the_image_alone_says_its_verity_parameters(busybox: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.img"
+    done = run("image", f"oci:{busybox}", "-o", str(path), "--verity", "--salt", "C0FFEE", "--quiet")
+    assert done.returncode == 0, done.stderr
+    first, params = done.stdout.splitlines()
+    assert first.startswith(f"{path}  ")
+    assert re.fullmatch(
+        r"root_hash=[0-9a-f]{64},salt=c0ffee,data_blocks=\d+,data_block_size=4096,hash_block_size=4096", params
+    )
+    done = run("image", f"oci:{busybox}", "-o", str(path), "--verity", "--salt", "c0ffee", "--json", "--quiet")
+    assert json.loads(done.stdout)["verity"]["params"] == params
+    assert os.listdir(tmp_path) == ["x.img"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("--verity", "--writable"), 2, "hash tree"),
+        (("--salt", "00"), 2, "--salt"),
+        (("--size", "4M"), 2, "ext4"),
+        (("-o", "/nonexistent/x.img"), 4, "/nonexistent"),
+        (("-o", "/dev/full"), 2, "not a regular file"),
+    ],
+)
+def test_an_image_that_cannot_be_is_one_line_and_no_file(
+    words: tuple[str, ...], code: int, says: str, busybox: Path, tmp_path: Path
+) -> None:
+    done = run("image", f"oci:{busybox}", "-o", str(tmp_path / "x.img"), *words, "--quiet")
+    assert done.returncode == code, done.stderr
+    assert says in one_line(done.stderr)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_output_that_cannot_be_is_refused_before_the_image_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("elsewhere")
+    done = run("image", "oci:/no/such/layout", "-o", str(tmp_path / "link"))
+    assert done.returncode == 2
+    assert "not a regular file" in one_line(done.stderr)
+
+
+def test_the_help_explains_alignment() -> None:
+    text = " ".join(run("image", "--help").stdout.split())
+    for word in ("2M", "128M", "1G", "arm64"):
+        assert word in text
+
+
+def test_what_an_image_takes_is_counted_once_and_without_holes() -> None:
+    spool = Spool()
+    spool.append(b"x" * 5000)
+    draft = Draft()
+    draft.put("/a", regular(b"y" * 300))
+    draft.link("/b", "/a")
+    draft.put("/sparse", regular(Sparse(spool, 1 << 40, ((4096, 0, 1000), (1 << 30, 1000, 4000)))))
+    assert stored_size(draft.tree()) == 5300

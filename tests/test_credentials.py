@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from osbuild.credentials import Credentials, find_credentials
+from osbuild.credentials import Credentials, find_credentials, places
 from osbuild.errors import HostError
 from tests.fake_registry import Access, running
 from tests.test_distribution import SURROUNDINGS
@@ -138,8 +138,19 @@ def test_without_a_home_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_that_was_asked_for_must_be_there(home: Path) -> None:
-    with pytest.raises(HostError, match="no file"):
+    with pytest.raises(HostError, match="no file") as caught:
         find_credentials("r.io", "a", home / "nosuch.json")
+    assert "docker login" in caught.value.hint
+
+
+def test_the_places_are_those_that_are_read_in_their_order(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(home / "run"))
+    found = list(places())
+    assert found == [home / ".docker/config.json", home / "run/containers/auth.json"]
+    for number, path in reversed(list(enumerate(found))):
+        write(path, auths={"r.io": packed(str(number))})
+        assert user_of(find_credentials("r.io", "a")) == str(number)
+    assert list(places(home / "mine.json")) == [home / "mine.json"]
 
 
 @pytest.mark.parametrize(
@@ -251,6 +262,20 @@ def test_a_helper_that_is_missing_or_no_name_is_refused(name: str, reason: str, 
     write(home / ".docker/config.json", credsStore=name)
     with pytest.raises(HostError, match=reason):
         find_credentials("r.io", "a")
+
+
+@pytest.mark.parametrize("script", ["exit 3", "echo no JSON", "echo {}", ""])
+@pytest.mark.parametrize("key", ["credHelpers", "credsStore"])
+def test_the_file_that_asks_for_a_helper_is_named(
+    key: str, script: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if script:
+        helper(home, monkeypatch, script)
+    path = write(home / ".docker/config.json", **{key: "stub" if key == "credsStore" else {"r.io": "stub"}})
+    with pytest.raises(HostError, match=f"; '{path}' asks for it as {key}$") as caught:
+        find_credentials("r.io", "a")
+    if not script:
+        assert caught.value.hint == "install it, or take it out of that file"
 
 
 def test_what_skopeo_login_writes_is_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

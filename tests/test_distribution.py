@@ -23,6 +23,7 @@ import pytest
 from osbuild import oci, transport
 from osbuild.authorization import parse_challenges
 from osbuild.cache import Cache
+from osbuild.distribution import Repository
 from osbuild.errors import HostError, InputError, OsbuilderError
 from osbuild.sources import layout as oci_layout
 from osbuild.sources import registry
@@ -167,7 +168,7 @@ def test_every_request_is_tried_again(part: str, server: Registry, image: Path, 
 
 
 LASTING: dict[str, tuple[Fault, type[OsbuilderError], str]] = {
-    "always 503": (status(503), HostError, r"answers 503 \(3 tries\)"),
+    "always 503": (status(503), HostError, r"answers 503 \(3 tries in 0\.[0-9] s\)"),
     "always hangs up": (hang_up, HostError, "cut|reset"),
     "always wrong bytes": (wrong_bytes, InputError, "another digest"),
     "never ends": (endless, InputError, "more came"),
@@ -210,6 +211,14 @@ def test_a_missing_tag_is_named_with_its_registry(server: Registry, tmp_path: Pa
     error = refused(server, tmp_path, tag=":nosuch")
     assert isinstance(error, InputError)
     assert f"the registry {server.address} has no image {NAME}:nosuch (404 MANIFEST_UNKNOWN)" in str(error)
+    assert "check the name and the tag" in error.hint
+    assert "docker login" in error.hint
+    assert "latest" not in error.hint
+
+
+def test_a_missing_tag_that_nobody_gave_is_explained(server: Registry, tmp_path: Path) -> None:
+    server.faults["/manifests/"] = [status(404)]
+    assert "without a tag, latest is asked for" in refused(server, tmp_path, tag="").hint
 
 
 @pytest.mark.parametrize("kind", ["seconds", "date"])
@@ -232,7 +241,7 @@ def test_the_waits_between_tries_double_up_to_a_limit(monkeypatch: pytest.Monkey
     for _ in range(5):
         tries.failed(transport.TransientError("x"))
     assert waited == [1, 2, 4, 5, 5]
-    with pytest.raises(HostError, match=r"here: x \(6 tries\)"):
+    with pytest.raises(HostError, match=r"here: x \(6 tries in "):
         tries.failed(transport.TransientError("x"))
 
 
@@ -374,8 +383,10 @@ def test_a_refusal_says_what_was_tried(known: bool, scheme: str, server: Registr
         log_in(tmp_path / "home", server.address)
     error = refused(server, tmp_path)
     assert isinstance(error, HostError)
-    tried = f"a user name and password from {tmp_path}/home/.docker/config.json" if known else "without credentials"
+    file = f"{tmp_path}/home/.docker/config.json"
+    tried = f"with a user name and password from {file}" if known else f"and no login for it is in '{file}'"
     assert tried in str(error)
+    assert str(error).count(server.address) == 1 + known  # once as the name of its entry
     assert f"docker login {server.address}" in error.hint
 
 
@@ -585,8 +596,50 @@ def test_nobody_listening_is_the_hosts_lack(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and never listens
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(HostError, match=rf"{address}: Connection refused \(3 tries\)"):
+        with pytest.raises(HostError, match=rf"^{address} refuses connections \(2 tries in 0\.[0-9] s\)$") as caught:
             pull(address, tmp_path)
+    for word in ("is it running?", "--mirror", "--offline", "docker-archive:"):
+        assert word in caught.value.hint
+
+
+def test_an_unknown_name_is_looked_up_twice(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"registry.invalid: its name is not known \(2 tries in") as caught:
+        pull("registry.invalid", tmp_path)
+    assert "--mirror" in caught.value.hint
+
+
+def test_a_name_that_cannot_be_looked_up_just_now_is_tried_as_often_as_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_rest: object, **_named: object) -> None:
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", busy)
+    with pytest.raises(HostError, match=rf"\({TRIES} tries"):
+        pull("registry.test", tmp_path)
+
+
+def test_a_registry_that_has_answered_may_be_away_for_longer(
+    server: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web = transport.Web(RegistrySpec(), registry.PATIENCE)
+    found = Repository(web, server.address, NAME, RegistrySpec())
+    found.manifest("latest")
+    web.close()
+    server.socket.close()
+    server.socket = socket.socket()  # which nobody listens at, and which the fixture may close
+    with pytest.raises(HostError, match=rf"refuses connections \({TRIES} tries"):
+        found.manifest("latest")
+
+
+def test_a_failure_of_another_kind_before_gives_it_all_its_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport.Web, "pause", lambda _self, _seconds: None)
+    tries = transport.Tries(transport.Web(RegistrySpec(), Patience(tries=4)), "here")
+    tries.failed(transport.TransientError("x"))
+    for _ in range(2):
+        tries.failed(transport.TransientError("x", unmet=True))
+    with pytest.raises(HostError, match=r"\(4 tries"):
+        tries.failed(transport.TransientError("x", unmet=True))
 
 
 INTERRUPTED = """

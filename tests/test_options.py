@@ -9,7 +9,8 @@ import pytest
 
 from osbuild import options
 from osbuild.errors import SpecError
-from osbuild.options import build_spec, image_of, limits, merged, read_config, registry_spec, rootfs_spec
+from osbuild.options import build_spec, disk_spec, image_of, limits, merged, read_config, registry_spec, rootfs_spec
+from osbuild.spec import DiskSpec
 
 EVERY = """
 image = "oci:layout"
@@ -19,6 +20,14 @@ limit = ["entries=5"]
 make = "image"
 no-smoke = true
 fs = "ext4"
+align = "128M"
+size = "2GiB"
+free = 65536
+writable = true
+no-dax-header = true
+verity = true
+salt = "c0ffee"
+format = "qcow2"
 compress = "gzip"
 
 [recipe]
@@ -69,8 +78,12 @@ def test_a_file_can_say_every_word_there_is(tmp_path: Path) -> None:
     for option in options.OPTIONS:
         if option.group == "recipe":  # it and an image exclude each other
             del words[option.name]
+    del words["writable"]  # it and verity, too
     spec = build_spec(image_of("", words), tmp_path / "out", words)
     assert (spec.image, spec.kinds, spec.smoke, spec.compress) == (f"oci:{tmp_path}/layout", ("image",), False, "gzip")
+    assert spec.disk == DiskSpec(
+        align=128 << 20, size=2 << 30, free=65536, header=False, verity=True, salt=b"\xc0\xff\xee", format="qcow2"
+    )  # fmt: skip
     assert (spec.features, spec.kernel_source) == (("xfs",), tmp_path / "linux.tar.xz")
     assert spec.limits.entries == 5
     assert (spec.guest.memory_mib, spec.guest.cpus, spec.guest.accel, spec.guest.seconds) == (512, 2, "tcg", 9.0)
@@ -106,6 +119,13 @@ def test_the_command_line_wins_and_lists_add_up(tmp_path: Path) -> None:
         ("[guest]\ntimeout = 'long'", "[guest] 'timeout' is not a number"),
         ("[rootfs]\nadd = 'a:/b'", "[rootfs] 'add' is not a list of texts"),
         ("[rootfs]\nadd = [1]", "[rootfs] 'add' is not a list of texts"),
+        ("free = 1.5", "'free' is not a size"),
+        ("free = true", "'free' is not a size"),
+        ("free = -1", "'free': --free: '-1' is no size"),
+        ("align = '3M'", "'align': an alignment of 3145728 bytes is no multiple of 2 MiB"),
+        ("verity = 'yes'", "'verity' is not true or false"),
+        ("format = 'vdi'", "'format': no format 'vdi'"),
+        ("salt = 'salt'", "'salt': no salt 'salt'"),
         ("image = 3", "'image' is not text"),
         ("rootfs = 3", "'rootfs' is a table"),
         ("[rootfs]\ninit = 'sysv'", "[rootfs] 'init': no init 'sysv'"),
@@ -193,3 +213,50 @@ def test_a_wrong_limit_is_told_which_there_are() -> None:
 def test_a_source_may_hold_a_colon() -> None:
     (addition,) = rootfs_spec({"add": ["a:b:/c"]}).add
     assert (addition.source, addition.target) == (Path("a:b"), "/c")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("64M", 64 << 20), ("64m", 64 << 20), ("128MiB", 128 << 20), ("2G", 2 << 30), ("1T", 1 << 40),
+        ("4096K", 4 << 20), ("4096KiB", 4 << 20), ("8388608", 8 << 20), ("0", 0),
+    ],
+)  # fmt: skip
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert disk_spec({"free": text}).free == size
+
+
+@pytest.mark.parametrize("text", ["", "M", "64MB", "1.5G", "-1", "64 M", "0x10", "64MiBi", "1E", "\u0661M", "9" * 16])
+def test_what_is_no_size_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(SpecError, match="is no size") as caught:
+        disk_spec({"size": text})
+    assert "64M" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"verity": True, "writable": True}, "cannot be written to"),
+        ({"fs": "erofs", "writable": True}, "erofs is read-only"),
+        ({"fs": "erofs", "free": "1M"}, "erofs is read-only"),
+        ({"fs": "erofs", "size": "2G"}, "erofs is read-only"),
+        ({"size": "63M"}, "no multiple of its alignment"),
+        ({"size": "130M", "align": "128M"}, "no multiple of its alignment"),
+        ({"size": "2T"}, "less than 2 TiB"),
+        ({"free": "3T"}, "less than 2 TiB"),
+        ({"size": "2M"}, "cannot have 2097152 bytes"),
+        ({"align": "1M"}, "no multiple of 2 MiB"),
+        ({"align": "0"}, "no multiple of 2 MiB"),
+        ({"fs": "zfs"}, "no filesystem 'zfs'"),
+        ({"format": "vmdk"}, "no format 'vmdk'"),
+        ({"salt": "00"}, "--salt is for a hash tree"),
+    ],
+)
+def test_images_that_cannot_be_are_refused_before_anything_is_read(words: dict[str, Any], says: str) -> None:
+    with pytest.raises(SpecError, match=says) as caught:
+        build_spec("dir:/x", Path(), words)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layout_of_1_gib_for_arm64_can_be_asked_for() -> None:
+    assert disk_spec({"align": "1G"}).align == 1 << 30

@@ -42,6 +42,7 @@ OTHER = {
 def home() -> Iterator[Path]:
     need_root()
     path = Path(tempfile.mkdtemp(dir="/tmp"))
+    path.chmod(0o755)
     try:
         make_root(path / "root", reverse=False)
         make_root(path / "reversed", reverse=True)
@@ -132,7 +133,7 @@ def other_python(venv: Path) -> Path:
         shutil.which("python3.13"),
         *map(str, Path("~/.pyenv/versions").expanduser().glob("3.13*/bin/python")),
     ]
-    found = next((path for path in candidates if path), None)
+    found = next((path for path in candidates if path and _runs(path)), None)
     if found is None:
         pytest.skip("no Python 3.13 here")
     subprocess.run([found, "-m", "venv", str(venv)], check=True)
@@ -141,6 +142,10 @@ def other_python(venv: Path) -> Path:
     if subprocess.run(install, check=False, capture_output=True).returncode != 0:
         pytest.skip("the packages for Python 3.13 cannot be reached")
     return venv / "bin/python"
+
+
+def _runs(python: str) -> bool:
+    return subprocess.run([python, "-c", "pass"], check=False, capture_output=True).returncode == 0
 
 
 def test_the_time_of_the_build_counts_where_it_is_asked_for(

@@ -295,6 +295,8 @@ IMAGE = DiskImage(
 )
 INITRD = Initrd(file=IMAGE.file, compression="none", unpacked=1)
 DISK = dataclasses.replace(IMAGE, dax=False)
+WRITABLE = dataclasses.replace(DISK, words=("root=/dev/pmem0p1", "rw"), writable=True)
+VERIFIED = dataclasses.replace(IMAGE, words=("root=/dev/dm-0", "ro"))  # an NVDIMM behind verity is not mapped
 
 
 @pytest.mark.parametrize(
@@ -310,6 +312,8 @@ DISK = dataclasses.replace(IMAGE, dax=False)
         (IMAGE, "xfs", "ro,dax=always", False),
         (DISK, "ext4", "ro,relatime", True),
         (DISK, "ext4", "rw,relatime", False),
+        (WRITABLE, "ext4", "rw,relatime", True),
+        (WRITABLE, "ext4", "ro,relatime", False),
         (INITRD, "rootfs", "rw,size=1k", True),
         (INITRD, "tmpfs", "rw", True),
         (INITRD, "ext4", "ro", False),
@@ -327,6 +331,16 @@ def test_the_root_must_be_what_was_booted(root: DiskImage | Initrd, kind: str, o
 def test_a_root_on_another_device_is_wrong() -> None:
     with pytest.raises(smoke.Wrong, match="not on /dev/pmem0p1"):
         smoke.judge_root(IMAGE, {"fstype": "ext4", "device": "/dev/vda1", "options": "ro,dax=always"})
+
+
+@pytest.mark.parametrize(("device", "right"), [("/dev/dm-0", True), ("/dev/pmem0p1", False), ("/dev/root", False)])
+def test_a_root_behind_verity_must_be_the_device_that_checks(device: str, right: bool) -> None:
+    fields = {"fstype": "ext4", "device": device, "options": "ro,relatime"}
+    if right:
+        assert "/dev/dm-0" in smoke.judge_root(VERIFIED, fields)
+    else:
+        with pytest.raises(smoke.Wrong, match="not on /dev/dm-0"):
+            smoke.judge_root(VERIFIED, fields)
 
 
 @pytest.mark.parametrize("fields", [{}, {"fstype": 7, "options": None}, {"options": ["ro", "dax"]}])

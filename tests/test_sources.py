@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import gzip
 import hashlib
 import http.server
 import io
 import json
+import os
+import re
+import socket
 import socketserver
 import subprocess
 import tarfile
@@ -18,14 +22,16 @@ from typing import Any
 
 import pytest
 
-from osbuild import listing, tar_writer, zstd
+from osbuild import distribution, listing, tar_writer, zstd
 from osbuild.arch import AARCH64, X86_64
 from osbuild.cache import Cache
-from osbuild.errors import HostError, InputError
+from osbuild.errors import HostError, InputError, SpecError
 from osbuild.layers import flatten
 from osbuild.rootfs import settle
-from osbuild.sources import SOURCES
+from osbuild.sources import SOURCES, registry
+from osbuild.transport import Patience
 from osbuild.tree import Tree
+from tests.elsewhere import need_root
 from tests.fake_registry import serving
 from tests.layer_tools import archive, folder, hardlink, layer, link, member, opened, write_layout
 
@@ -166,6 +172,68 @@ def test_no_daemon_is_the_hosts_lack_and_names_the_other_roads(tmp_path: Path, m
     gc.collect()  # docker 7.2 leaves the socket open that could not be connected: here, not in the next test
 
 
+@pytest.mark.parametrize(
+    "text", ["garbage", "ssh://joe@h.io", "npipe:///x", "http:///x", "tcp://h.io:port", "nope://h.io:1", "tcp://[::1:1"]
+)
+def test_a_docker_host_that_is_none_is_said_to_be_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", text)
+    with pytest.raises(HostError, match=f"^DOCKER_HOST is {re.escape(repr(text))}, neither unix://PATH nor tcp://"):
+        opened("docker-daemon:x", X86_64)
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory to be in, where no daemon answers, and no registry either."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("DOCKER_HOST", "nothing")
+    monkeypatch.setattr(registry, "PATIENCE", Patience(first=0.001))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and never listens
+        monkeypatch.setattr(distribution, "_HUB_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
+        yield work
+
+
+def test_a_bare_name_that_is_nowhere_says_who_was_asked_and_why(alone: Path) -> None:
+    with pytest.raises(HostError) as caught:
+        opened("debain", X86_64)
+    said = r"^DOCKER_HOST is 'nothing', neither .*, so docker\.io was asked: docker\.io/library/debain: 127.* refuses"
+    assert re.search(said, str(caught.value)), str(caught.value)
+    assert caught.value.hint.startswith("is it running?")
+
+
+def test_a_bare_name_that_is_a_path_too_is_told_how_to_say_so(alone: Path) -> None:
+    (alone / "plain/etc").mkdir(parents=True)
+    (alone / "Plain").mkdir()
+    write_layout(alone / "layout", LAYERS)
+    (alone / "a.tar").write_bytes(save())
+    hints = {"plain": "dir:plain", "./plain": "dir:./plain", "layout": "oci:layout", "Plain": "dir:Plain",
+             ".": "dir:.", "a.tar": "docker-archive:a.tar or oci:a.tar", str(alone): f"dir:{alone}"}  # fmt: skip
+    for text, hint in hints.items():
+        with pytest.raises((HostError, SpecError)) as caught:
+            opened(text, X86_64)
+        kind = "file" if text == "a.tar" else "directory"
+        assert caught.value.hint.partition("; ")[0] == f"the {kind}: {hint}"
+
+
+def test_no_words_at_all_are_no_directory(alone: Path) -> None:
+    with pytest.raises(SpecError, match="no image is named") as caught:
+        opened("", X86_64)
+    assert caught.value.hint == ""
+
+
+def test_a_bare_registry_is_no_image(alone: Path) -> None:
+    with pytest.raises(SpecError, match=r"^DOCKER_HOST is 'nothing', .*; '127.0.0.1:5059' is a registry"):
+        opened("127.0.0.1:5059", X86_64)
+
+
+def test_a_bare_name_the_daemon_has_not_is_not_looked_for_elsewhere(daemon: _Daemon) -> None:
+    daemon.status = 404
+    with pytest.raises(InputError, match=r"^the Docker daemon has no image 'nothing-here:latest'"):
+        opened("nothing-here", X86_64)
+
+
 def test_an_image_the_daemon_has_not_is_named(daemon: _Daemon) -> None:
     daemon.status = 404
     with pytest.raises(InputError, match="no image 'x:latest'"):
@@ -270,6 +338,95 @@ def test_what_is_no_layout_is_refused(what: str, tmp_path: Path) -> None:
         (tmp_path / "l").mkdir()
     with pytest.raises(InputError):
         opened(f"oci:{tmp_path}/l", X86_64)
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (["etc", "usr"], "an unpacked root filesystem is dir:{path}"),
+        (["blobs", "index.json"], "oci:PATH[:TAG] names an OCI image layout"),
+        ([], "oci:PATH[:TAG] names an OCI image layout"),
+    ],
+)
+def test_a_directory_that_is_no_layout_is_told_what_it_may_be(names: list[str], hint: str, tmp_path: Path) -> None:
+    path = tmp_path / "root"
+    for name in names:
+        (path / name).mkdir(parents=True)
+    path.mkdir(exist_ok=True)
+    with pytest.raises(InputError, match=r"/root' is no OCI layout \(no file oci-layout\)$") as caught:
+        opened(f"oci:{path}:tag", X86_64)
+    assert caught.value.hint == hint.format(path=path)
+
+
+def test_an_archive_of_the_other_kind_is_told_its_source(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(save())
+    with pytest.raises(InputError, match=r"a.tar' holds no OCI layout") as caught:
+        opened(f"oci:{path}", X86_64)
+    assert caught.value.hint == f"docker save makes such a file: docker-archive:{path}"
+    path.write_bytes(archive(member("a")))
+    with pytest.raises(InputError, match=r"a.tar' holds no OCI layout") as caught:
+        opened(f"oci:{path}", X86_64)
+    assert caught.value.hint == ""
+
+
+@contextlib.contextmanager
+def nobody(path: Path) -> Iterator[None]:
+    """The block is run by a user who may not read everything."""
+    need_root()
+    for above in (path, *path.parents):
+        if above.stat().st_uid == 0 and not above.stat().st_mode & 0o001:
+            above.chmod(0o755)
+    os.setegid(65534)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+@pytest.mark.parametrize("transport", ["docker-archive", "oci", "oci in a tar", "dir", "oci in the dark"])
+def test_what_may_not_be_read_is_the_hosts_fault_and_gets_no_other_hint(transport: str, tmp_path: Path) -> None:
+    write_layout(tmp_path / "top/layout", LAYERS)
+    (tmp_path / "top/a.tar").write_bytes(save())
+    (tmp_path / "top/layout.tar").write_bytes(packed(tmp_path / "top/layout"))
+    word, name = {
+        "docker-archive": ("docker-archive", "a.tar"), "oci in a tar": ("oci", "layout.tar"), "dir": ("dir", "layout"),
+        "oci": ("oci", "layout"), "oci in the dark": ("oci", "layout"),
+    }[transport]  # fmt: skip
+    path = tmp_path / "top" / name
+    (tmp_path / "top" if transport.endswith("dark") else path).chmod(0)
+    with nobody(tmp_path), pytest.raises(HostError, match=f"cannot read '{path}': Permission denied") as caught:
+        opened(f"{word}:{path}", X86_64)
+    assert caught.value.hint == "run as its owner, as root, or make it readable"
+
+
+def test_a_blob_that_may_not_be_read_is_the_hosts_fault(tmp_path: Path) -> None:
+    manifest = write_layout(tmp_path / "top/l", LAYERS)
+    blob = tmp_path / "top/l/blobs/sha256" / manifest["layers"][0]["digest"].removeprefix("sha256:")
+    blob.chmod(0)
+    with nobody(tmp_path), pytest.raises(HostError, match="Permission denied"):
+        opened(f"oci:{tmp_path}/top/l", X86_64)
+
+
+def test_a_name_too_long_for_a_file_is_refused() -> None:
+    with pytest.raises(InputError, match="File name too long"):
+        opened(f"oci:{'x' * 300}", X86_64)
+
+
+@pytest.mark.parametrize("transport", ["docker-archive", "oci", "dir"])
+def test_a_temporary_directory_that_is_not_there_is_not_replaced(
+    transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.tar").write_bytes(gzip.compress(save()))
+    write_layout(tmp_path / "l", LAYERS)
+    (tmp_path / "root").mkdir()
+    monkeypatch.setenv("TMPDIR", f"{tmp_path}/nonexistent")
+    name = {"docker-archive": "a.tar", "oci": "l", "dir": "root"}[transport]
+    with pytest.raises(HostError, match=r"cannot keep the image in '.*/nonexistent': No such file") as caught:
+        opened(f"{transport}:{tmp_path}/{name}", X86_64)
+    assert "TMPDIR" in caught.value.hint
 
 
 def test_skopeo_makes_a_layout_that_we_read(tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ _SECOND: Final = 10**9
 _JOB: Final = "walker: job "
 # What a kernel says when a filesystem, or something in itself, is not right.
 _ALARM: Final = re.compile(r"EXT4-fs|erofs|XFS|WARNING:|BUG:|I/O error|Oops")
-_CALM: Final = re.compile(r"unmount: \d+ callbacks suppressed|mounted filesystem|mounted with root inode|unmounting filesystem|Command line|command line")
+_CALM: Final = re.compile(
+    r"unmount: \d+ callbacks suppressed|mounted filesystem|mounted with root inode|unmounting filesystem|[Cc]ommand line"
+)
 
 
 @pytest.fixture(scope="session")

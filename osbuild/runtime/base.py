@@ -9,15 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
+from osbuild import initrd_memory
 from osbuild.arch import Arch
 from osbuild.artifacts import DiskImage, Initrd, Kernel
 from osbuild.runtime.accel import Accel
 
 CONSOLE: Final = "console.log"  # in the work directory: what the guest wrote to its first serial port
-
-
-_PAGE: Final = 4096
-_KIB: Final = 1024  # about what an inode and its name take
 
 
 def make_nonce() -> str:
@@ -28,14 +25,12 @@ def make_nonce() -> str:
 def least_memory(root: DiskImage | Initrd, kernel: Kernel) -> int:
     """Bytes of memory below which a guest cannot work.
 
-    An initramfs is unpacked into a tmpfs that takes half of the memory and has one inode for each of its pages, while
-    the archive is still there; a DAX image needs 64 bytes (struct page) for each of its pages.
+    An initramfs says what it needs under a kernel like ours, and a larger one has as much less to give. A DAX image
+    needs 64 bytes (struct page) for each of its pages.
     """
     if isinstance(root, DiskImage):
         return root.file.size // 64 if root.dax else 0
-    pages = max(root.resident, root.unpacked, _PAGE * root.entries)
-    needed = 2 * pages + root.file.size + kernel.vmlinux.size + _KIB * root.entries
-    return needed + needed // 32  # the kernel's own struct pages, and a little more
+    return root.memory + max(kernel.vmlinux.size - initrd_memory.KERNEL, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,10 +130,11 @@ def refuse_what_cannot_boot(machine: Machine) -> None:
         raise SpecError(f"a guest of {machine.cpus} processors and {machine.memory_mib} MiB cannot be")
     needed = least_memory(machine.root, machine.kernel)
     if needed > machine.memory_mib * MIB:
-        what = "the initramfs" if isinstance(machine.root, Initrd) else "the image"
+        least = _mib(needed)
+        what = "initramfs needs {} to be unpacked" if isinstance(machine.root, Initrd) else "image needs {}"
         raise SpecError(
-            f"{what} is too large for a guest of {machine.memory_mib} MiB",
-            hint=f"give the guest at least {needed // MIB + 1} MiB of memory",
+            f"this {what.format(f'{least} MiB')}; the guest has {machine.memory_mib} MiB",
+            hint=f"--memory {least}",
         )
 
 
@@ -158,10 +159,12 @@ def _board(machine: Machine, arch: Arch) -> tuple[str, ...]:
                 "-device", "nvdimm,memdev=root,unarmed=on",
             )  # fmt: skip
         case DiskImage(file=file):
+            # What a guest may write goes to a temporary file of QEMU's: the image stays what it is.
+            access = "snapshot=on" if machine.root.writable else "readonly=on"
             return (
                 "-machine", arch.qemu_machine,
                 "-m", memory,
-                "-drive", f"if=none,id=root,file={_value(file.path)},format=raw,readonly=on",
+                "-drive", f"if=none,id=root,file={_value(file.path)},format={machine.root.format},{access}",
                 "-device", "virtio-blk-pci,drive=root",
             )  # fmt: skip
 

@@ -11,6 +11,8 @@ from osbuild.sources.archive import read_archive
 from osbuild.sources.image import SourceImage, Want
 from osbuild.tree import Spool, quote
 
+_SCHEMES: Final = frozenset(("unix", "http+unix", "tcp", "http", "https"))  # ssh:// would need another package
+
 if TYPE_CHECKING:
     import docker
     import requests
@@ -49,6 +51,7 @@ def connect(seconds: int = 10) -> docker.DockerClient:
     import docker.errors
     import requests.exceptions
 
+    _check_host(os.environ.get("DOCKER_HOST", ""))
     try:
         return docker.from_env(timeout=seconds)
     except (docker.errors.DockerException, requests.exceptions.RequestException):
@@ -57,6 +60,21 @@ def connect(seconds: int = 10) -> docker.DockerClient:
             f"no Docker daemon answers at {quote(where)}",
             hint="start it, join the group docker, or give the image as oci:DIR or docker-archive:FILE",
         ) from None
+
+
+def _check_host(text: str) -> None:
+    import docker.errors
+    import docker.utils
+
+    try:
+        scheme = str(docker.utils.parse_host(text)).partition("://")[0] if text else "unix"
+    except (docker.errors.DockerException, ValueError):
+        scheme = ""
+    if scheme not in _SCHEMES:
+        raise HostError(
+            f"DOCKER_HOST is {quote(text)}, neither unix://PATH nor tcp://HOST:PORT",
+            hint="without it, unix:///var/run/docker.sock is asked",
+        )
 
 
 def _close(problem: requests.exceptions.RequestException) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from osbuild import oci
 from osbuild.errors import HostError, InputError
-from osbuild.sources.image import SourceImage, Want
+from osbuild.sources.image import SourceImage, Want, unreadable
 from osbuild.tree import DEPTH_MAX, Entry, Slice, Spool, Tree, quote
 
 _MAJOR_MAX: Final = (1 << 12) - 1
@@ -30,7 +30,7 @@ def open_image(reference: oci.Reference, want: Want) -> SourceImage:
     try:
         top = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as problem:
-        raise InputError(f"cannot read {where}: {problem.strerror}", hint="dir:PATH names a directory") from None
+        raise unreadable(where, problem, hint="dir:PATH names a directory") from None
     try:
         tree = _Reader(top, want).tree()
     finally:
@@ -144,11 +144,9 @@ def _said(path: str) -> Iterator[None]:
 
 def _refused(path: str, problem: OSError) -> HostError | InputError:
     here = quote("/" + path)
-    if isinstance(problem, PermissionError):
-        return HostError(f"cannot read {here}: {problem.strerror}", hint="run as its owner, or as root")
     if isinstance(problem, FileNotFoundError):
         return InputError(f"{here} vanished while the directory was read", hint="run again when it is at rest")
-    return InputError(f"cannot read {here}: {problem.strerror}")
+    return unreadable(here, problem)
 
 
 def _mark(found: os.stat_result) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from osbuild import oci
 from osbuild.cache import Cache
-from osbuild.errors import InputError
+from osbuild.errors import HostError, InputError
 from osbuild.layers import Layer, flatten
 from osbuild.spec import RegistrySpec
 from osbuild.tar import Limits
@@ -35,6 +35,14 @@ class SourceImage:
     digest: str  # of the manifest where the source has one, else of the config, else of the tree
     config: oci.ImageConfig
     tree: Tree  # the layers laid over each other, before any policy
+
+
+def unreadable(where: str, problem: OSError, *, hint: str = "") -> HostError | InputError:
+    """The error for what cannot be read: the host's when it is only that we may not, which no other hint helps."""
+    said = f"cannot read {where}: {problem.strerror or problem}"
+    if isinstance(problem, PermissionError):
+        return HostError(said, hint="run as its owner, as root, or make it readable")
+    return InputError(said, hint=hint)
 
 
 def finished(reference: str, digest: str, config: oci.ImageConfig, layers: Sequence[Layer], want: Want) -> SourceImage:

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from osbuild import oci
 from osbuild.errors import InputError
-from osbuild.sources.image import SourceImage, Want, add_layer, finished, match_layers
+from osbuild.sources.image import SourceImage, Want, add_layer, finished, match_layers, unreadable
 from osbuild.sources.members import Members, open_archive
 from osbuild.tree import Spool, quote
 from osbuild.uncompress import CHUNK
@@ -23,10 +23,16 @@ from osbuild.uncompress import CHUNK
 _REF_NAME: Final = "org.opencontainers.image.ref.name"
 _FULL_NAME: Final = "io.containerd.image.name"  # what `docker save` and `ctr image export` put beside it
 _NESTING_MAX: Final = 4  # indexes inside indexes
+MARK: Final = "oci-layout"  # the file that every layout has
+_HINT: Final = "oci:PATH[:TAG] names an OCI image layout"
+_ROOT_NAMES: Final = frozenset(("bin", "etc", "usr", "sbin", "lib"))
 
 
 class _Files(Protocol):
     """Where a layout's files are."""
+
+    def check_kind(self) -> None:
+        """InputError, with what it may be instead, when this is no layout at all."""
 
     def document(self, name: str) -> bytes:
         """A small file."""
@@ -54,15 +60,20 @@ def open_image(reference: oci.Reference, want: Want) -> SourceImage:
 
 def _open(name: str, where: str, want: Want) -> _Files:
     path = Path(name)
-    if path.is_dir():
+    try:
+        directory = name != "-" and stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        raise InputError(f"{quote(name)} does not exist", hint=_HINT) from None
+    except OSError as problem:
+        raise unreadable(quote(name), problem, hint=_HINT) from None
+    if directory:
         return _Directory(path, where)
-    if name == "-" or path.exists():
-        return _Packed(Members(open_archive(name, want.limits), where, want.limits))
-    raise InputError(f"{quote(name)} does not exist", hint="oci:PATH[:TAG] names an OCI image layout")
+    return _Packed(Members(open_archive(name, want.limits), where, want.limits), name)
 
 
 def _check_layout(files: _Files, where: str) -> None:
-    version = oci.parse_json(files.document("oci-layout"), where).get("imageLayoutVersion")
+    files.check_kind()
+    version = oci.parse_json(files.document(MARK), where).get("imageLayoutVersion")
     if version != "1.0.0":
         raise InputError(f"{where}: image layout version {quote(str(version)[:40])}, not 1.0.0")
 
@@ -132,6 +143,17 @@ class _Directory:
         self._root = root
         self._where = where
 
+    def check_kind(self) -> None:
+        try:
+            names = set(os.listdir(self._root))
+        except OSError as problem:
+            raise unreadable(quote(str(self._root)), problem) from None
+        if MARK not in names:
+            hint = _HINT
+            if names & _ROOT_NAMES:
+                hint = f"an unpacked root filesystem is dir:{oci.shown(str(self._root))}"
+            raise InputError(f"{quote(str(self._root))} is no OCI layout (no file {MARK})", hint=hint)
+
     def document(self, name: str) -> bytes:
         with self._opened(name) as number:
             return os.read(number, oci.JSON_MAX + 1)
@@ -156,7 +178,7 @@ class _Directory:
         try:
             number = os.open(self._root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as problem:
-            raise InputError(f"{self._where}: cannot read {quote(name)}: {problem.strerror}") from None
+            raise unreadable(f"{self._where}: {quote(name)}", problem) from None
         try:
             if not stat.S_ISREG(os.fstat(number).st_mode):
                 raise InputError(f"{self._where}: {quote(name)} is not a regular file")
@@ -168,8 +190,15 @@ class _Directory:
 class _Packed:
     """A layout that is in an archive."""
 
-    def __init__(self, members: Members) -> None:
+    def __init__(self, members: Members, name: str) -> None:
         self._members = members
+        self._name = name
+
+    def check_kind(self) -> None:
+        if not self._members.has(MARK):
+            saved = self._members.has("manifest.json")
+            hint = f"docker save makes such a file: docker-archive:{oci.shown(self._name)}" if saved else ""
+            raise InputError(f"{quote(self._name)} holds no OCI layout (no file {MARK})", hint=hint)
 
     def document(self, name: str) -> bytes:
         return self._members.document(name)

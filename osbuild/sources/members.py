@@ -2,58 +2,69 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import os
 import posixpath
 import stat
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final
 
 from osbuild import oci, tar
 from osbuild.borrowed import Borrowed
 from osbuild.errors import InputError
+from osbuild.sources.image import unreadable
 from osbuild.tree import Backing, Slice, Spool, quote
 from osbuild.uncompress import CHUNK, sniff, uncompressed
 
+_PIPE: Final = "a pipe: docker save IMAGE | osbuilder … docker-archive:-"
+_STDIN: Final = "/dev/stdin"
 _LINKS: Final = 2  # followed for one name: one is what docker writes for a layer that stands twice
 
 
 def open_archive(name: str, limits: tar.Limits) -> Backing:
     """The archive's bytes, uncompressed: the file itself where possible, else a copy. `-` is standard input."""
-    path = Path("/dev/stdin" if name == "-" else name)
+    path = Path(name)
+    if name == "-" or (name == _STDIN and not path.is_file()):
+        return _from_standard_input(limits)
     where = quote(name)
     try:
         kind = path.stat().st_mode
-        if stat.S_ISREG(kind) and name != "-":
+        if stat.S_ISREG(kind):
             archive = Borrowed(path)
             if sniff(archive.read(0, 4)) == "none":
                 return archive
-        elif not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
+        elif not stat.S_ISFIFO(kind):
             raise InputError(f"{where} is not a file")
-        return _copied(path, where, limits)
+        with path.open("rb") as file:
+            return _copied(file, where, limits)
     except OSError as problem:
-        raise InputError(f"cannot read {where}: {problem.strerror or problem}") from None
+        raise unreadable(where, problem) from None
 
 
-def _copied(path: Path, where: str, limits: tar.Limits) -> Spool:
+def _from_standard_input(limits: tar.Limits) -> Spool:
+    where = "standard input"
+    if sys.stdin is None:  # closed before we began: its number may be another file's by now
+        raise InputError(f"{where} is closed", hint=_PIPE)
+    try:
+        kind = os.fstat(sys.stdin.fileno()).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind)):
+            raise InputError(f"{where} is not an archive", hint=_PIPE)
+        archive = _copied(sys.stdin.buffer, where, limits)
+    except OSError as problem:
+        raise unreadable(where, problem, hint=_PIPE) from None
+    if archive.size == 0:
+        raise InputError(f"{where} is empty", hint=_PIPE)
+    return archive
+
+
+def _copied(file: IO[bytes], where: str, limits: tar.Limits) -> Spool:
     spool = Spool()
-    with _reading(path) as file:
-        head = file.read(CHUNK)
-        pieces = itertools.chain([head], iter(lambda: file.read(CHUNK), b""))
-        for data in uncompressed(pieces, sniff(head), where, limits):
-            spool.append(data)
+    head = file.read(CHUNK)
+    pieces = itertools.chain([head], iter(lambda: file.read(CHUNK), b""))
+    for data in uncompressed(pieces, sniff(head), where, limits):
+        spool.append(data)
     return spool
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[IO[bytes]]:
-    if str(path) == "/dev/stdin":
-        yield sys.stdin.buffer
-        return
-    with path.open("rb") as file:
-        yield file
 
 
 class Members:
@@ -67,6 +78,10 @@ class Members:
             if member.name in self._members and not stat.S_ISDIR(member.kind):
                 raise InputError(f"{where}: {quote(member.name)} stands twice in the archive")
             self._members[member.name] = member
+
+    def has(self, name: str) -> bool:
+        """Whether anything in the archive is called that."""
+        return posixpath.normpath("/" + name.lstrip("/")) in self._members
 
     def content(self, name: str) -> Slice:
         """The bytes of a file; InputError when there is none of that name."""

@@ -1,0 +1,99 @@
+"""dm-verity's Merkle tree: whoever knows the root hash notices every changed byte of the data it was made from.
+
+    level n   1 block     digests of the blocks below          at the start of the tree
+    …                     128 digests in each block
+    level 0               digests of the data's blocks         at its end
+
+Blocks of 4096 bytes, sha256(salt + block), unused ends are zeros. No superblock: what a reader must know stands on
+the kernel's command line. It is what `veritysetup format --no-superblock` writes.
+
+Source: Documentation/admin-guide/device-mapper/verity.rst of the kernel.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from typing import Final
+
+from osbuild.errors import InputError, SpecError
+from osbuild.tree import quote, write_all
+
+BLOCK: Final = 4096  # of the data, and of the tree
+DIGEST: Final = 32
+SALT_MAX: Final = 256  # bytes; veritysetup takes no more
+_PER_BLOCK: Final = BLOCK // DIGEST
+_BATCH: Final = 256 * BLOCK  # bytes at a time: a mebibyte, whose digests fill two blocks
+
+
+def hash_tree(descriptor: int, offset: int, size: int, salt: bytes, target: int, target_offset: int) -> bytes:
+    """Hash `size` bytes at `offset` of an open file, write the tree at `target_offset` of another, give the root hash.
+
+    Both may be the same file, which reads as zeros where the tree goes. Memory does not grow with the size; holes are
+    not read.
+    """
+    if size <= 0 or size % BLOCK:
+        raise InputError(f"{size} bytes cannot be hashed for dm-verity: it takes blocks of {BLOCK} bytes")
+    levels = _levels(size)
+    if not levels:
+        return hashlib.sha256(salt + os.pread(descriptor, BLOCK, offset)).digest()
+    for at, blocks in levels:
+        written = target_offset + at
+        for digests in _digests(descriptor, offset, size, salt):
+            write_all(target, digests, written)
+            written += len(digests)
+        descriptor, offset, size = target, target_offset + at, blocks * BLOCK
+    return hashlib.sha256(salt + os.pread(target, BLOCK, target_offset)).digest()
+
+
+def tree_size(size: int) -> int:
+    """Bytes that the tree over `size` bytes takes, itself whole blocks."""
+    return sum(blocks for _, blocks in _levels(size)) * BLOCK
+
+
+def default_salt(uuid: str) -> bytes:
+    """The salt when none is asked for: from the filesystem's UUID, so from its content, and readable in the image."""
+    return hashlib.sha256(b"osbuilder dm-verity salt " + uuid.encode()).digest()
+
+
+def parse_salt(text: str) -> bytes:
+    """The bytes of a salt in hex."""
+    if not re.fullmatch(r"([0-9A-Fa-f]{2})+", text) or len(text) > 2 * SALT_MAX:
+        raise SpecError(f"no salt {quote(text)}", hint=f"1 to {SALT_MAX} bytes as hex digits, two for each")
+    return bytes.fromhex(text)
+
+
+def _levels(size: int) -> list[tuple[int, int]]:
+    """Offset in the tree and blocks of every level, the one over the data first; none when one block is all."""
+    counts = []
+    blocks = size // BLOCK
+    while blocks > 1:
+        blocks = -(-blocks // _PER_BLOCK)
+        counts.append(blocks)
+    return [(sum(counts[number + 1 :]) * BLOCK, count) for number, count in enumerate(counts)]
+
+
+def _digests(descriptor: int, offset: int, size: int, salt: bytes) -> Iterator[bytes]:
+    """The digests of all blocks, in whole blocks."""
+    sha256 = hashlib.sha256
+    hole = sha256(salt + bytes(BLOCK)).digest()
+    for start in range(offset, offset + size, _BATCH):
+        length = min(_BATCH, offset + size - start)
+        if _is_hole(descriptor, start, length):
+            digests = hole * (length // BLOCK)
+        else:
+            data = os.pread(descriptor, length, start)
+            if len(data) != length:
+                raise InputError(f"a file became shorter while it was hashed: {length - len(data)} bytes are missing")
+            digests = b"".join([sha256(salt + data[at : at + BLOCK]).digest() for at in range(0, length, BLOCK)])
+        yield digests + bytes(-len(digests) % BLOCK)
+
+
+def _is_hole(descriptor: int, start: int, length: int) -> bool:
+    try:
+        return os.lseek(descriptor, start, os.SEEK_DATA) >= start + length
+    except OSError as problem:
+        return problem.errno == errno.ENXIO  # nothing but a hole until the end; anything else the read will say
