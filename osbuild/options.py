@@ -79,7 +79,12 @@ OPTIONS: Final = (
     Option("arch", str, "image", "x86_64 is the only one yet"),
     Option("make", str, "output", "what to make and boot: image, initrd, or both with a comma (the default)"),
     Option("no-smoke", bool, "output", "do not boot what was made"),
-    Option("fs", str, "disk", f"the image's filesystem: {', '.join(FILESYSTEMS)} (ext4 when not given)"),
+    Option(
+        "fs",
+        str,
+        "disk",
+        f"the image's filesystem: {', '.join(FILESYSTEMS)} (ext4 when not given; xfs is an experiment)",
+    ),
     Option("align", Size, "disk", _ALIGN_HELP),
     Option("size", Size, "disk", "of the whole image, a multiple of --align; as small as can be when not given"),
     Option("free", Size, "disk", "at least so much free space in the filesystem; none when not given"),
@@ -200,7 +205,7 @@ def build_spec(image: str, out: Path, words: Words, **more: Any) -> BuildSpec:
     wanted: dict[str, Any] = {
         "kinds": tuple(word for word in words.get("make", ",".join(KINDS)).split(",") if word),
         "disk": disk_spec(words), "compress": words.get("compress", "zstd"),
-        "features": tuple(words.get("with", ())), "kernel_source": words.get("source"),
+        "features": _features(words), "kernel_source": words.get("source"),
         "smoke": not words.get("no-smoke", False),
     }  # fmt: skip
     if image and "salt" in words and not words.get("verity"):  # without an image, a file's words are tried one by one
@@ -219,6 +224,12 @@ def disk_spec(words: Words) -> DiskSpec:
         header=not words.get("no-dax-header", False), verity=words.get("verity", False),
         salt=parse_salt(words["salt"]) if "salt" in words else b"", format=words.get("format", "raw"),
     )  # fmt: skip
+
+
+def _features(words: Words) -> tuple[str, ...]:
+    """What the kernel is to have besides: also what it needs to mount the root."""
+    features = tuple(words.get("with", ()))
+    return (*features, "xfs") if words.get("fs") == "xfs" and "xfs" not in features else features
 
 
 def arch_of(words: Words, platform: Platform | None = None) -> Arch:

@@ -70,8 +70,7 @@ def test_a_deadline_ends_the_whole_group(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="did not end within"):
         command.run("sh", "-c", f"sleep 60 & echo $! > {tmp_path}/child; wait", seconds=0.3)
     assert time.monotonic() - began < 30
-    child = int((tmp_path / "child").read_text())
-    assert not _alive(child)
+    assert _is_ended(int((tmp_path / "child").read_text()))
 
 
 def test_what_a_program_leaves_running_is_ended_with_it(tmp_path: Path) -> None:
@@ -81,11 +80,7 @@ def test_what_a_program_leaves_running_is_ended_with_it(tmp_path: Path) -> None:
             time.sleep(0.01)
         time.sleep(0.1)
     for name in ("ran", "started"):
-        child = int((tmp_path / name).read_text())
-        deadline = time.monotonic() + 5  # SIGKILL is certain, and takes its time
-        while _alive(child) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not _alive(child)
+        assert _is_ended(int((tmp_path / name).read_text()))
 
 
 def test_the_environment_is_small_and_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,10 +114,15 @@ def test_a_killed_parent_takes_its_programs_with_it() -> None:
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
+    assert _is_ended(child)
+
+
+def _is_ended(pid: int) -> bool:
+    """Whether it ends within some seconds: SIGKILL is certain, and takes its time."""
     deadline = time.monotonic() + 5
-    while _alive(child) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not _alive(child)
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not _alive(pid)
 
 
 def _alive(pid: int) -> bool:

@@ -111,7 +111,7 @@ def _zstd(data: bytes) -> bytes:
         ("bzip2", bz2.compress),
         ("lz4", lambda data: subprocess.run(["lz4", "-l", "-c"], input=data, capture_output=True, check=True).stdout),
     ],
-    ids=str,
+    ids=["gzip", "zstd", "xz", "bzip2", "lz4"],
 )  # fmt: skip
 def test_every_compression_is_read(kind: str, compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
     plain = archive(init=regular(b"#!/bin/sh\n", 0o755), big=regular(bytes(range(256)) * 40_000))

@@ -95,7 +95,7 @@ def test_the_hash_seed_is_made_from_the_content(tmp_path: Path) -> None:
         told = subprocess.run(
             [command.find("dumpe2fs"), "-h", str(tmp_path / "fs")], capture_output=True, text=True, check=True
         )
-        return re.findall(r"Directory Hash Seed: +(\S+)", told.stdout)[0]
+        return str(re.findall(r"Directory Hash Seed: +(\S+)", told.stdout)[0])
 
     assert seed(tree(2)) == seed(tree(2)) != seed(tree(3))
     assert ext4.plan(tree(2), start=0, epoch=0).uuid != ext4.plan(tree(3), start=0, epoch=0).uuid

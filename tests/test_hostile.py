@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 import sys
 import tarfile
 import time
@@ -23,6 +22,7 @@ import pytest
 
 from osbuild import zstd
 from tests.layer_tools import archive, folder, hardlink, header, link, member, write_layout
+from tests.measured import run_measured
 
 MEMORY_MIB = 400
 SECONDS = 30.0
@@ -45,13 +45,6 @@ def pax(**records: str) -> bytes:
 END = bytes(1024)
 
 # A program starts with the memory of the one that starts it on its account: this one is small.
-LAUNCHER = """
-import os, sys
-child = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
-_, status, usage = os.wait4(child, 0)
-os.write(int(sys.argv[1]), b"%d" % usage.ru_maxrss)
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
 LAYERS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a name that climbs out": (lambda: archive(member("../etc/passwd")), "'../etc/passwd': '..'"),
     "a name that climbs in the middle": (lambda: archive(member("a/../../b")), "'a/../../b': '..'"),
@@ -97,14 +90,8 @@ LAYERS: dict[str, tuple[Callable[[], bytes], str]] = {
 def run(reference: str, *words: str) -> tuple[int, str, str, int]:
     """Exit code, standard output and error, and the most memory in MiB."""
     argv = [sys.executable, "-m", "osbuild", "rootfs", reference, "--raw", "--json", "--quiet", *words]
-    measure, write = os.pipe()
-    try:
-        launcher = [sys.executable, "-c", LAUNCHER, str(write), *argv]
-        done = subprocess.run(launcher, pass_fds=[write], capture_output=True, text=True, check=False, timeout=120)
-        return done.returncode, done.stdout, done.stderr, int(os.read(measure, 32)) // 1024
-    finally:
-        os.close(measure)
-        os.close(write)
+    done, kibibytes = run_measured(argv)
+    return done.returncode, done.stdout, done.stderr, kibibytes // 1024
 
 
 def refused(reference: str, says: str, *words: str) -> None:

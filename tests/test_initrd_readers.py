@@ -99,7 +99,11 @@ def compare(tree: Tree, archive: Path) -> None:
         inodes.setdefault(row.pop("inode"), set()).add(os.fsdecode(path))
     assert rows == wanted_rows
     wanted = {frozenset(name[1:] or "." for name in names) for entry, names in tree.names().items() if _linkable(entry)}
-    assert {frozenset(names) for names in inodes.values() if _linkable(tree["/" + min(names).lstrip(".")])} == wanted
+    assert {frozenset(names) for names in inodes.values() if _linkable(tree[_path(min(names))])} == wanted
+
+
+def _path(name: str) -> str:
+    return "/" if name == "." else f"/{name}"
 
 
 def _linkable(entry: Entry) -> bool:

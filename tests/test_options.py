@@ -171,6 +171,12 @@ def test_an_image_is_relative_to_the_file_that_names_it(transport: str, tmp_path
         assert read_config(written(tmp_path, f'image = "{name}"'))["image"] == name
 
 
+def test_an_xfs_root_wants_a_kernel_that_knows_it(tmp_path: Path) -> None:
+    assert build_spec("oci:x", tmp_path, {"fs": "xfs"}).features == ("xfs",)
+    assert build_spec("oci:x", tmp_path, {"fs": "xfs", "with": ["xfs"]}).features == ("xfs",)
+    assert build_spec("oci:x", tmp_path, {"fs": "ext4"}).features == ()
+
+
 def test_recipe_words_want_a_recipe() -> None:
     with pytest.raises(SpecError, match="--release is for a recipe"):
         image_of("oci:x", {"release": "trixie"})

@@ -182,7 +182,7 @@ def root_of(report: SmokeReport) -> str:
 
 
 @pytest.mark.boot
-@pytest.mark.parametrize("kind", FILESYSTEMS)
+@pytest.mark.parametrize("kind", ["ext4", "erofs"])
 @pytest.mark.parametrize("pmem", [False, True], ids=["disk", "nvdimm"])
 def test_a_root_behind_verity_boots(kind: str, pmem: bool, boot: Boot, boot_rootfs: Rootfs, tmp_path: Path) -> None:
     made = image(boot_rootfs, tmp_path / "img", kind=kind)

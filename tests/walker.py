@@ -38,7 +38,8 @@ _JOB: Final = "walker: job "
 # What a kernel says when a filesystem, or something in itself, is not right.
 _ALARM: Final = re.compile(r"EXT4-fs|erofs|XFS|WARNING:|BUG:|I/O error|Oops")
 _CALM: Final = re.compile(
-    r"unmount: \d+ callbacks suppressed|mounted filesystem|mounted with root inode|unmounting filesystem|[Cc]ommand line"
+    r"unmount: \d+ callbacks suppressed|mounted filesystem|mounted with root inode|unmounting filesystem|ommand line|"
+    r"SGI XFS|Mounting V5 Filesystem|Ending clean mount|Unmounting Filesystem"
 )
 
 
@@ -128,7 +129,8 @@ def walk_initrd(machine: Machine, tree: Tree, program: bytes, work: Path, *, sec
     work.mkdir(parents=True, exist_ok=True)
     both = work / "both.cpio"
     own = b"".join(archive(_own_tree([Job(device="-", type="-")], program, tree["/"])))
-    both.write_bytes(root.file.path.read_bytes() + bytes(-root.file.size % 4) + own)
+    # Four zeros end an lz4 stream: the kernel takes anything else behind it for its next block.
+    both.write_bytes(root.file.path.read_bytes() + bytes(4 + -root.file.size % 4) + own)
     joined = Initrd(file=File.of(both), compression=root.compression, unpacked=root.unpacked)
     guest = Machine(kernel=machine.kernel, root=joined, memory_mib=machine.memory_mib)
     return _boot(guest, (), work, "nvdimm", 1, seconds)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, Protocol
 
-from osbuild.filesystem import erofs, erofs_reader, ext4, ext4_reader
+from osbuild.filesystem import erofs, erofs_reader, ext4, ext4_reader, xfs
 from osbuild.filesystem.base import NO_ROOM, Plan, Room, Volume
 from osbuild.tree import Tree
 
@@ -38,6 +38,6 @@ class Reader(Protocol):
         """
 
 
-FILESYSTEMS: Final[Mapping[str, Filesystem]] = {"ext4": ext4, "erofs": erofs}
+FILESYSTEMS: Final[Mapping[str, Filesystem]] = {"ext4": ext4, "erofs": erofs, "xfs": xfs}
 READERS: Final[Mapping[str, Reader]] = {"ext4": ext4_reader, "erofs": erofs_reader}
 __all__ = ["FILESYSTEMS", "NO_ROOM", "READERS", "Filesystem", "Plan", "Reader", "Room", "Volume"]

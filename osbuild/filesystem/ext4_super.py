@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,25 +23,16 @@ from osbuild.filesystem.ext4_format import (
     RO_COMPAT,
     checksum,
 )
+from osbuild.filesystem.ext4_placing import Places
 
 _UNSIGNED_HASH: Final = 2  # s_flags: hashes treat names as unsigned bytes
 _CRC32C: Final = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """Where everything is that has a fixed place, in blocks, and how much of it there is."""
-
-    groups: int
-    per_group: int  # inodes
-    last: int  # the last inode that is used; all before it are, too
-    blocks: int
-    gaps: Sequence[tuple[int, int]]  # free blocks: first, how many
-    directories: Sequence[int]  # their inodes
-    descriptors: int
-    block_bitmaps: int
-    inode_bitmaps: int
-    table: int
+_JOURNAL_CRC32C: Final = 4
+_JOURNAL_CHECKSUMS: Final = 0x10  # checksums of version 3
+_JOURNAL_CHECKSUM_AT: Final = 0xFC
+_JOURNAL_HEAD: Final = 1024  # bytes of its superblock
+_ALL_FREE: Final = bytes(BLOCK)
+_ALL_USED: Final = b"\xff" * BLOCK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +45,16 @@ class Identity:
     epoch: int
 
 
-def superblock(shape: Shape, identity: Identity, journal: bytes, journal_size: int) -> bytes:
-    """Its 1024 bytes; `journal` is the journal inode's i_block."""
+def superblock(places: Places, used: int, identity: Identity, journal: bytes) -> bytes:
+    """Its 1024 bytes; used: how many inodes are, which are the first; journal: the journal inode's i_block."""
     block = bytearray(1024)
-    inodes = shape.groups * shape.per_group
+    inodes = places.groups * places.per_group
+    journal_size = places.journal.blocks * BLOCK
     now = identity.epoch & 0xFFFFFFFF
     struct.pack_into(
         "<13I 6H 4I 2H", block, 0,
-        inodes, shape.blocks, 0, sum(count for _, count in shape.gaps), inodes - shape.last, 0, 2, 2,
-        GROUP_BLOCKS, GROUP_BLOCKS, shape.per_group, 0, now,  # times of last mount and last write
+        inodes, places.blocks, 0, sum(count for _, count in places.gaps), inodes - used, 0, 2, 2,
+        GROUP_BLOCKS, GROUP_BLOCKS, places.per_group, 0, now,  # times of last mount and last write
         0, 0xFFFF, 0xEF53, 1, 2, 0,  # mounts, no forced check, magic, clean, on errors read-only, minor revision
         now, 0, 0, 1,  # last check, its interval, Linux, dynamic revision
         0, 0,
@@ -83,50 +76,60 @@ def superblock(shape: Shape, identity: Identity, journal: bytes, journal_size: i
 
 
 def journal_superblock(identity: Identity, blocks: int) -> bytes:
-    """An empty journal (ext4/journal.rst): big-endian, version 2, nothing in it."""
-    block = struct.pack(">III IIIII IIII", 0xC03B3998, 4, 0, BLOCK, blocks, 1, 1, 0, 0, 0, 0, 0)
-    block += identity.uuid + struct.pack(">I", 1)  # one user: this filesystem
+    """An empty journal (ext4/journal.rst): big-endian, version 2, with checksums, nothing in it."""
+    block = struct.pack(">III IIIII IIII", 0xC03B3998, 4, 0, BLOCK, blocks, 1, 1, 0, 0, 0, _JOURNAL_CHECKSUMS, 0)
+    block += identity.uuid + struct.pack(">IIII B", 1, 0, 0, 0, _JOURNAL_CRC32C)  # one user: this filesystem
+    block = block.ljust(_JOURNAL_HEAD, b"\0")
+    total = checksum(0xFFFFFFFF, block)
+    block = block[:_JOURNAL_CHECKSUM_AT] + struct.pack(">I", total) + block[_JOURNAL_CHECKSUM_AT + 4 :]
     return block.ljust(BLOCK, b"\0")
 
 
-def group_blocks(shape: Shape, seed: int) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, bytes) of group descriptors and both kinds of bitmaps."""
-    used, free_blocks = _block_bitmaps(shape)
-    directories = [0] * shape.groups
-    for number in shape.directories:
-        directories[(number - 1) // shape.per_group] += 1
+def group_blocks(places: Places, used: int, directories: Iterable[int], seed: int) -> Iterator[tuple[int, bytes]]:
+    """(byte offset, bytes) of group descriptors and both kinds of bitmaps; a bitmap of free blocks only is a hole.
+
+    used: how many inodes are; directories: the inodes of all of them.
+    """
+    per_group = places.per_group
+    counts = Counter((number - 1) // per_group for number in directories)
+    untouched = _inode_bitmap(per_group, 0)
     descriptors = bytearray()
-    inode_bitmaps = bytearray()
-    table_blocks = shape.per_group * INODE // BLOCK
-    for group in range(shape.groups):
-        taken = min(max(shape.last - group * shape.per_group, 0), shape.per_group)
-        bitmap = ((1 << 8 * BLOCK) - (1 << shape.per_group) + (1 << taken) - 1).to_bytes(BLOCK, "little")
-        inode_bitmaps += bitmap
+    table_blocks = per_group * INODE // BLOCK
+    for group, (blocks, free) in enumerate(_block_bitmaps(places)):
+        taken = min(max(used - group * per_group, 0), per_group)
+        inodes = _inode_bitmap(per_group, taken) if taken else untouched
         fields = GROUP.pack(
-            shape.block_bitmaps + group, shape.inode_bitmaps + group, shape.table + group * table_blocks,
-            free_blocks[group], shape.per_group - taken, directories[group], GROUP_ZEROED, 0,
-            checksum(seed, bytes(used[group * BLOCK : (group + 1) * BLOCK])) & 0xFFFF,
-            checksum(seed, bitmap[: shape.per_group // 8]) & 0xFFFF,
-            shape.per_group - taken, 0,
+            places.block_bitmaps + group, places.inode_bitmaps + group, places.table + group * table_blocks,
+            free, per_group - taken, counts[group], GROUP_ZEROED, 0,
+            checksum(seed, blocks) & 0xFFFF, checksum(seed, inodes[: per_group // 8]) & 0xFFFF, per_group - taken, 0,
         )  # fmt: skip
         total = checksum(seed, struct.pack("<I", group), fields)
         descriptors += fields[:-2] + struct.pack("<H", total & 0xFFFF)
-    yield shape.descriptors * BLOCK, bytes(descriptors)
-    yield shape.block_bitmaps * BLOCK, bytes(used)
-    yield shape.inode_bitmaps * BLOCK, bytes(inode_bitmaps)
+        if blocks is not _ALL_FREE:
+            yield (places.block_bitmaps + group) * BLOCK, blocks
+        yield (places.inode_bitmaps + group) * BLOCK, inodes
+    yield places.descriptors * BLOCK, bytes(descriptors)
 
 
-def _block_bitmaps(shape: Shape) -> tuple[bytearray, list[int]]:
-    """A bit for each block of all groups, those past the end set; and how many are free in each group."""
-    used = bytearray(b"\xff" * (shape.groups * BLOCK))
-    free = [0] * shape.groups
-    for first, count in shape.gaps:
+def _inode_bitmap(per_group: int, taken: int) -> bytes:
+    """A bit for each inode of a group, of which the first ones are taken; those past its last one are set."""
+    return ((1 << 8 * BLOCK) - (1 << per_group) + (1 << taken) - 1).to_bytes(BLOCK, "little")
+
+
+def _block_bitmaps(places: Places) -> Iterator[tuple[bytes, int]]:
+    """A bit for each block of each group, those past the end set; and how many are free in it."""
+    free: dict[int, list[tuple[int, int]]] = {}
+    for first, count in places.gaps:
         end = first + count
         for group in range(first // GROUP_BLOCKS, (end - 1) // GROUP_BLOCKS + 1):
-            free[group] += min(end, (group + 1) * GROUP_BLOCKS) - max(first, group * GROUP_BLOCKS)
-        whole, ends = -(-first // 8), end // 8
-        for block in (*range(first, min(whole * 8, end)), *range(max(ends * 8, first), end)):
-            used[block >> 3] &= ~(1 << (block & 7))
-        if ends > whole:
-            used[whole:ends] = bytes(ends - whole)
-    return used, free
+            base = group * GROUP_BLOCKS
+            free.setdefault(group, []).append((max(first - base, 0), min(end - base, GROUP_BLOCKS)))
+    for group in range(places.groups):
+        runs = free.get(group, [])
+        if runs == [(0, GROUP_BLOCKS)]:
+            yield _ALL_FREE, GROUP_BLOCKS
+            continue
+        bits = int.from_bytes(_ALL_USED, "little")
+        for first, end in runs:
+            bits ^= (1 << end) - (1 << first)
+        yield bits.to_bytes(BLOCK, "little") if runs else _ALL_USED, sum(end - first for first, end in runs)
