@@ -177,7 +177,7 @@ def copy_range(source: int, start: int, size: int, target: int, offset: int) -> 
         start, offset, size = start + done, offset + done, size - done
 
 
-def write_all(descriptor: int, data: bytes, offset: int) -> None:
+def write_all(descriptor: int, data: bytes | bytearray, offset: int) -> None:
     """pwrite(2) until everything is written."""
     view = memoryview(data)
     while view:

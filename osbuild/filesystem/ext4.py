@@ -22,33 +22,35 @@ Source: Documentation/filesystems/ext4/ of the kernel (the on-disk format), noth
 from __future__ import annotations
 
 import bisect
+import contextlib
+import gc
 import hashlib
+import heapq
 import stat
 import struct
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 
-from osbuild.errors import InputError, SpecError
+from osbuild.errors import InputError
 from osbuild.filesystem import ext4_directory, ext4_xattrs
 from osbuild.filesystem.base import NO_ROOM, Room
 from osbuild.filesystem.ext4_format import (
     BLOCK,
+    EXTENT_BLOCKS,
     EXTENTS_FLAG,
     EXTRA_ISIZE,
     FAST_SYMLINK,
     FILE_BLOCKS_MAX,
     FILE_TYPES,
     FIRST_INODE,
-    GROUP,
-    GROUP_BLOCKS,
     HUGE_FILE_FLAG,
     INDEX_FLAG,
+    INLINE_EXTENTS,
     INODE,
     INODE_CHECKSUMS,
-    INODE_HEAD,
-    INODE_TAIL,
+    INODE_WHOLE,
     JOURNAL_INODE,
     LINKS_MAX,
     ROOT_INODE,
@@ -61,10 +63,11 @@ from osbuild.filesystem.ext4_format import (
     inode_seed,
     run,
 )
-from osbuild.filesystem.ext4_super import Identity, Shape, group_blocks, journal_superblock, superblock
-from osbuild.tree import Content, Entry, Slice, Sparse, Tree, quote, write_all
+from osbuild.filesystem.ext4_placing import Demand, Run, place
+from osbuild.filesystem.ext4_super import Identity, group_blocks, journal_superblock, superblock
+from osbuild.filesystem.pieces import write_pieces
+from osbuild.tree import Content, Entry, Slice, Sparse, Tree, quote
 
-_WRITE: Final = 1 << 20  # bytes of metadata that go to the disk at once
 
 def mount_words(*, dax: bool) -> tuple[str, ...]:
     """Kernel words for a root of this kind (kata-contract 5.1)."""
@@ -103,15 +106,12 @@ class Plan:
     size: int
     uuid: str
     skipped: tuple[str, ...]  # sockets: nothing listens on them in an image
-    metadata: Sequence[tuple[int, Buffer]]  # byte offset, bytes; in order
+    metadata: Sequence[tuple[int, bytes | bytearray]]  # byte offset, bytes; in order
     bodies: Sequence[tuple[int, Content]]  # byte offset, content
 
     def write(self, descriptor: int, offset: int) -> None:
         """Write everything at `offset` of a file that reads as zeros there."""
-        for at, data in _joined(self.metadata):
-            write_all(descriptor, data, offset + at)
-        for at, content in self.bodies:
-            content.copy_to(descriptor, offset + at)
+        write_pieces(descriptor, offset, heapq.merge(self.metadata, self.bodies, key=itemgetter(0)))
 
 
 @dataclass(slots=True)
@@ -146,7 +146,7 @@ class _Layout:
         self._skipped: list[str] = []
         self._xattrs: list[tuple[_Inode, bytes]] = []  # that take a block
         self._targets: list[_Inode] = []  # symbolic links that take a block
-        self._metadata: list[tuple[int, Buffer]] = []
+        self._metadata: list[tuple[int, bytes | bytearray]] = []
         self._used = 0  # inodes
         self._number(tree)
 
@@ -290,7 +290,6 @@ def _count_link(inode: _Inode, path: str) -> None:
 def _index(inode: _Inode) -> int:
     """How many blocks its extents need: none, for nearly all."""
     if len(inode.runs) > 1 or inode.runs[0].blocks > INLINE_EXTENTS * EXTENT_BLOCKS:
-        # A run is cut where extents end, which is where groups end in the longest one.
         inode.index_blocks = extent_blocks(sum(-(-run.blocks // EXTENT_BLOCKS) for run in inode.runs))
     return inode.index_blocks
 
@@ -310,7 +309,7 @@ def _inode_bytes(inode: _Inode, epoch: int) -> bytes:
     if sectors >= 1 << 32:  # counted in blocks, then
         flags |= HUGE_FILE_FLAG
         sectors //= SECTORS
-    return WHOLE_INODE.pack(
+    return INODE_WHOLE.pack(
         entry.mode, entry.uid & 0xFFFF, inode.size & 0xFFFFFFFF, seconds, seconds, seconds, 0,
         entry.gid & 0xFFFF, inode.links if inode.links <= LINKS_MAX else 1,  # dir_nlink: too many to count
         sectors & 0xFFFFFFFF, flags, 0,
@@ -374,21 +373,3 @@ def _block_field(inode: _Inode) -> bytes:
     if entry.is_symlink:
         return entry.target.encode(errors="surrogateescape")
     return encode_device(entry) if entry.is_device else b""
-
-
-def _joined(metadata: Iterable[tuple[int, Buffer]]) -> Iterator[tuple[int, Buffer]]:
-    """The same bytes in fewer pieces: small ones that touch become one."""
-    parts: list[Buffer] = []
-    start = end = 0
-    for at, data in metadata:
-        if parts and (at != end or end - start >= _WRITE):
-            yield start, b"".join(parts)
-            parts = []
-        if len(data) >= _WRITE:
-            ...
-        if not parts:
-            start = at
-        parts.append(data)
-        end = at + len(data)
-    if parts:
-        yield start, b"".join(parts)

@@ -46,8 +46,7 @@ GROUP_ZEROED: Final = 0x4  # its inode table needs no clearing
 FILE_TYPES: Final[Mapping[int, int]] = {
     stat.S_IFREG: 1, stat.S_IFDIR: 2, stat.S_IFCHR: 3, stat.S_IFBLK: 4, stat.S_IFIFO: 5, stat.S_IFLNK: 7,
 }  # fmt: skip
-INODE_HEAD: Final = struct.Struct("<HHIIIIIHHIII")
-INODE_TAIL: Final = struct.Struct("<IIII HHHHHH HHIIIIIII")
+INODE_WHOLE: Final = struct.Struct("<HHIIIIIHHIII 60s IIII HHHHHH HHIIIIIII 96s")  # the last are attributes
 INODE_CHECKSUMS: Final = (0x7C, 0x82)  # of its low and high halves
 GROUP: Final = struct.Struct("<IIIHHHHIHHHH")
 _EXTENT_MAGIC: Final = 0xF30A

@@ -19,7 +19,7 @@ from osbuild.filesystem.ext4_format import BLOCK, GROUP, GROUP_BLOCKS, INODE
 HUGE: Final = 2 << 20  # what DAX maps with one page table entry
 _STEP: Final = HUGE // BLOCK
 _BLOCKS_MAX: Final = (1 << 32) - 1  # block numbers have 32 bits
-_LAST_GROUP: Final = 8  # blocks that it has at least
+_LAST_GROUP: Final = 1  # block that it has at least: with flex_bg it holds no metadata
 _INODE_RATIO: Final = 16384  # bytes of free space for which there is one inode more
 _INODES_TO_SPARE: Final = 16  # at least, where somebody writes
 _JOURNAL_BLOCKS: Final = 1024  # JBD2_MIN_JOURNAL_BLOCKS
@@ -151,7 +151,7 @@ def _place_files(runs: Sequence[Run], cursor: int, start: int | None) -> tuple[i
     for run in small:
         run.first = 0
     # Of one size, the last stands first, and the first is taken first: from the end.
-    waiting = sorted(reversed(small), key=attrgetter("blocks")) if large else []
+    waiting = sorted(small[::-1], key=attrgetter("blocks")) if large else []
     sizes = [run.blocks for run in waiting]
     for run in large:
         # A page of 2 MiB is 2 MiB of the file that start on such a boundary of the file and of the namespace.
