@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 import osbuild
-from osbuild import console
+from osbuild import console, program, results
 from osbuild.arch import Arch, find_arch, host_arch
 from osbuild.cache import default_cache
-from osbuild.errors import CommandError, HostError, Interrupted, OsbuilderError, SpecError
-from osbuild.listing import spell
+from osbuild.errors import SpecError
 from osbuild.options import Words, build_spec, guest_spec, image_of, recipe_words, takes
-from osbuild.output import check_output, writing
-from osbuild.tree import quote
+from osbuild.output import check_output
 
 if TYPE_CHECKING:  # what is slow to import is imported by the command that needs it
     from osbuild.artifacts import File
     from osbuild.pipeline import Build
     from osbuild.recipe import Dockerfile
     from osbuild.report import Report
-    from osbuild.rootfs import Explained
 
 app = typer.Typer(
     name="osbuilder",
@@ -39,7 +32,7 @@ app = typer.Typer(
 )
 kernel_app = typer.Typer(help="The guest kernel.", no_args_is_help=True)
 agent_app = typer.Typer(help="The guest agent.", no_args_is_help=True)
-cache_app = typer.Typer(help="What is kept between runs: pulled blobs, kernels, agents.", no_args_is_help=True)
+cache_app = typer.Typer(help="What is kept between runs: pulled images, kernels, agents.", no_args_is_help=True)
 app.add_typer(kernel_app, name="kernel")
 app.add_typer(agent_app, name="agent")
 app.add_typer(cache_app, name="cache")
@@ -84,7 +77,7 @@ def build(
     if as_json:
         console.print_json(_build_json(result, show))
     else:
-        _print_build(result, show)
+        results.print_build(result, show)
     raise typer.Exit(result.report.code if result.report else 0)
 
 
@@ -110,15 +103,21 @@ def rootfs(
     if render:
         sys.stdout.write(_dockerfile(words).text)
         return
+    if tar is not None:
+        results.check_tar(tar)
     show = console.Show(quiet=quiet)
     spec = build_spec(_image(image, words, show), Path(), words, smoke=False)
     source = pipeline.open_source(spec, default_cache(), show)
     if explain:
-        _print_rules(pipeline.explain_rootfs(spec, source, default_cache()), as_json=as_json)
+        rules = pipeline.explain_rootfs(spec, source, default_cache())
+        if as_json:
+            console.print_json([rule.to_dict() for rule in rules])
+        else:
+            results.print_rules(rules)
         return
     tree = source.tree if raw else pipeline.make_rootfs(spec, source, default_cache(), show).tree
     if tar is not None:
-        _write_tar(tar, archive(tree))
+        results.write_tar(tar, archive(tree))
     if as_json:
         entries = listing.entries(tree)
         console.print_json({"digest": source.digest, "config": source.config.document, "entries": entries})
@@ -159,6 +158,7 @@ def initrd(
     from osbuild import pipeline
 
     show = console.Show(quiet=quiet)
+    check_output(out)
     spec = build_spec(_image(image, words, show), out.parent, words, kinds=("initrd",), smoke=False)
     made = pipeline.make_initrd(spec, pipeline.open_rootfs(spec, default_cache(), show), out, show)
     about = {"compression": made.compression, "unpacked": made.unpacked, "memory": made.memory}
@@ -183,7 +183,7 @@ def smoke(
     if as_json:
         console.print_json(_report_json(report))
     else:
-        _print_boots(report)
+        results.print_boots(report, out)
     raise typer.Exit(report.code)
 
 
@@ -232,6 +232,7 @@ def agent_build(out: OutFile = Path("osbuilder-agent"), arch: ArchName = "", as_
     from osbuild.artifacts import File
     from osbuild.output import write_whole
 
+    check_output(out)
     data = build_agent(_arch(arch), default_cache()).path.read_bytes()
     write_whole(out, data)
     out.chmod(0o755)
@@ -253,25 +254,36 @@ def agent_version_of(
 
 
 @cache_app.command("ls")
-def cache_ls(as_json: Json = False) -> None:
-    """Everything in the cache: what it is, its size, when it was last used."""
+def cache_ls(
+    everything: Annotated[bool, typer.Option("--all", help="locks and logs too")] = False, as_json: Json = False
+) -> None:
+    """What is there: kind, size, last use.
+
+    \b
+    agent, kernel  made once from the same source
+    tag            what an image's name meant when it was pulled
+    blob           a part of an image that was pulled
+    partial        the beginning of one, to go on from
+    tree           the list of an archive's files
+    base-image     Debian or busybox, made by scripts/base-image
+    scratch        kernel sources and ccache; goes with prune --all only
+    damaged        set aside, and made again when it is needed
+    leftover       of a run that was killed
+    """
     from osbuild.housekeeping import survey
 
     items = survey(default_cache())
     if as_json:
         console.print_json([item.to_dict() for item in items])
-        return
-    rows = [
-        (item.kind, item.key[:40], console.size_text(item.size), console.age_text(item.used), "yes" * item.in_use)
-        for item in items
-    ]
-    total = console.size_text(sum(item.size for item in items))
-    console.print_table(f"{default_cache().root}: {total}", ("kind", "key", "size", "used", "in use"), rows)
+    else:
+        results.print_cache(default_cache().root, items, everything=everything)
 
 
 @cache_app.command("verify")
 def cache_verify(as_json: Json = False) -> None:
-    """Read everything in the cache again; what is damaged is set aside, and made again when it is needed.
+    """Read everything again, set aside what is damaged.
+
+    It is made or pulled again when it is needed.
 
     Exit code 3 when something was damaged.
     """
@@ -296,7 +308,10 @@ def cache_prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove what killed runs left and what was not used for long; never what a process is using."""
+    """Remove what was not used for long.
+
+    And what killed runs left; never what a process is using.
+    """
     from osbuild.housekeeping import prune
 
     done = prune(
@@ -307,9 +322,9 @@ def cache_prune(
         console.print_json(done.to_dict())
     else:
         word = "would go" if dry_run else "gone"
-        console.print_lines(f"{word}: {item.kind} {item.key}" for item in done.removed)
-        console.print_lines(f"kept, in use: {item.kind} {item.key}" for item in done.in_use)
-        console.print_lines(f"kept: {item.kind} {item.key}: {reason}" for item, reason in done.failed)
+        console.print_lines(f"{word}: {results.name(item)}" for item in done.removed)
+        console.print_lines(f"kept, in use: {results.name(item)}" for item in done.in_use)
+        console.print_lines(f"kept: {results.name(item)}: {reason}" for item, reason in done.failed)
         console.print_lines([f"{console.size_text(done.size)} {word}"])
     raise typer.Exit(4 if done.failed else 0)
 
@@ -380,55 +395,13 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         console.print_json([finding.to_dict() for finding in findings])
     else:
-        rows = [(f.name, f.state, f.purpose, f.detail) for f in findings]
-        console.print_table(
-            "osbuilder doctor", ("tool", "state", "for", "where, or how to get it"), rows, verdicts="state"
-        )
-        missing = [finding.name for finding in findings if finding.state == "missing"]
-        sys.stdout.write(f"missing: {', '.join(missing)}\n" if missing else "all that is needed is here\n")
+        results.print_findings(findings)
     raise typer.Exit(4 if any(finding.state == "missing" for finding in findings) else 0)
 
 
 def main() -> NoReturn:
-    """The program: every error raised on purpose becomes one line and its exit code; everything started is ended."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
-    if sys.stdout is None or sys.stderr is None:  # closed by the caller
-        null = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the rest of the program
-        sys.stdout, sys.stderr = sys.stdout or null, sys.stderr or null
-    try:
-        app(standalone_mode=True)
-    except OsbuilderError as error:
-        code = _tell(error)
-    except BrokenPipeError:
-        code = 128 + signal.SIGPIPE
-    except OSError as problem:
-        # The disk, a permission, a limit: this machine's, whichever step met it.
-        where = f"{quote(str(problem.filename))}: " if problem.filename else ""
-        code = _tell(HostError(f"{where}{problem.strerror or problem}"))
-    except Interrupted as interruption:
-        sys.stderr.write(f"{interruption}\n")
-        code = interruption.code
-    except MemoryError:
-        sys.stderr.write("error: out of memory\n")
-        code = 4
-    sys.exit(code)
-
-
-def _tell(error: OsbuilderError) -> int:
-    console.print_error(error, error.tail if isinstance(error, CommandError) else "")
-    if "--json" in sys.argv:
-        try:
-            console.print_json({"error": str(error), "hint": error.hint, "code": error.code})
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # standard output is what failed
-    return error.code
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    del frame
-    signal.signal(number, signal.SIG_DFL)  # a second time: at once
-    raise Interrupted(number)
+    """The program."""
+    program.run(app)
 
 
 def _arch(name: str) -> Arch:
@@ -451,29 +424,6 @@ def _dockerfile(words: Words) -> Dockerfile:
     if "recipe" not in words:
         raise SpecError("no recipe is named", hint=f"--recipe {', '.join(recipe.RECIPES)}")
     return recipe.render(words["recipe"], **recipe_words(words))
-
-
-def _print_rules(rules: tuple[Explained, ...], *, as_json: bool) -> None:
-    if as_json:
-        console.print_json([rule.to_dict() for rule in rules])
-        return
-    for rule in rules:
-        changes = ((rule.added, "+"), (rule.changed, "~"), (rule.removed, "-"))
-        counts = " ".join(f"{sign}{change.count}" for change, sign in changes if change.count)
-        state = counts or "no change" if rule.applied else "not here"
-        console.print_lines([f"{rule.name} ({state}): {rule.why}" + (f" [{rule.note}]" if rule.note else "")])
-        for change, sign in changes:
-            more = f" … {change.count - len(change.first)} more" if change.count > len(change.first) else ""
-            if change.first:
-                console.print_lines([f"    {sign} {' '.join(map(spell, change.first))}{more}"])
-
-
-def _write_tar(out: Path, pieces: Iterable[bytes]) -> None:
-    if str(out) == "-":
-        console.print_bytes(pieces)
-        return
-    with writing(out) as descriptor, os.fdopen(descriptor, "wb", closefd=False) as file:
-        file.writelines(pieces)
 
 
 def _file_json(file: File) -> dict[str, Any]:
@@ -505,28 +455,3 @@ def _report_json(report: Report) -> dict[str, Any]:
             for boot in report.boots
         ],
     }  # fmt: skip
-
-
-def _print_build(result: Build, show: console.Show) -> None:
-    verdicts = {boot.name: str(boot.verdict) for boot in result.report.boots} if result.report else {}
-    steps = {"rootfs.img": "image", "initrd.img": "initrd", "vmlinux": "kernel"}
-    rows = []
-    for name, output in result.manifest["outputs"].items():
-        step = steps.get(name, "")
-        seconds = f"{show.seconds[step]:.2f}" if step in show.seconds else ""
-        rows.append((name, console.size_text(output["size"]), output["sha256"][:12], seconds, verdicts.get(step, "")))
-    console.print_table(f"built in {result.out}", ("output", "size", "sha256", "seconds", "verdict"), rows)
-    if result.report:
-        _print_boots(result.report)
-
-
-def _print_boots(report: Report) -> None:
-    rows = []
-    for boot in report.boots:
-        passed = sum(check.verdict == "passed" for check in boot.checks)
-        answered = next((f"{event.seconds:.2f}" for event in boot.timeline if event.name == "agent answered"), "")
-        checks = f"{passed} of {len(boot.checks)}"
-        reason = "" if boot.verdict == "passed" else boot.reason
-        rows.append((boot.name, boot.accel.name, answered, f"{boot.seconds:.2f}", checks, str(boot.verdict), reason))
-    columns = ("boot", "accel", "answered", "seconds", "checks", "verdict", "reason")
-    console.print_table("smoke test", columns, rows)

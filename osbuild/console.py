@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
@@ -21,7 +24,7 @@ from osbuild.errors import Interrupted, OsbuilderError, SpecError
 _SAY_SECONDS: Final = 30.0  # between signs of life where there is no terminal
 _WIDTH_OF_PIPES: Final = 160  # columns, where no terminal says how many it has
 _VERDICT_STYLES: Final = {
-    "passed": "bold green", "failed": "bold red", "unknown": "bold yellow", "here": "green", "missing": "bold red",
+    "passed": "bold green", "failed": "bold red", "unknown": "bold yellow",
 }  # fmt: skip
 
 
@@ -74,6 +77,8 @@ class Show:
         text = Text.assemble(
             (mark, style), f" {title}", (f" ({note})" if note else "", "dim"), (f"  {seconds:.2f} s", "dim")
         )
+        if self._console.is_terminal:  # elsewhere a line is a line
+            text = _hung(text, self._console.width, "  ")
         self._console.print(text)
 
 
@@ -143,22 +148,45 @@ def print_bytes(pieces: Iterable[bytes]) -> None:
         sys.stdout.buffer.flush()
 
 
-def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, verdicts: str = "verdict"
-) -> None:
-    """A result for people, on standard output; the column called `verdicts` is coloured."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A result for people, on standard output; verdicts are coloured."""
     table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for column in columns:
         table.add_column(Text(column), justify="right" if column in ("size", "seconds") else "left", overflow="fold")
     for row in rows:
         cells = [
-            Text(cell, style=_VERDICT_STYLES.get(cell, "") if column == verdicts else "")
+            Text(cell, style=_VERDICT_STYLES.get(cell, "") if column == "verdict" else "")
             for column, cell in zip(columns, row, strict=True)
         ]
         table.add_row(*cells)
-    width = None if sys.stdout.isatty() else _WIDTH_OF_PIPES
     with _result():
-        _Results(highlight=False, markup=False, width=width).print(table)
+        _Results(highlight=False, markup=False, width=_width()).print(table)
+
+
+def fold(text: str, *, indent: str = "", hanging: str = "") -> list[str]:
+    """Lines of the result's width, broken at blanks only: a path stays whole."""
+    return textwrap.wrap(
+        text, _width(), initial_indent=indent, subsequent_indent=hanging, break_long_words=False,
+        break_on_hyphens=False,
+    ) or [indent.rstrip()]  # fmt: skip
+
+
+def _hung(text: Text, width: int, indent: str) -> Text:
+    """A styled text broken at blanks only; every line but the first has this indent (and room for it)."""
+    offsets, column, room = [], 0, max(width - len(indent), 20)
+    for word in re.finditer(r"\S+\s*", text.plain):
+        if column and column + len(word[0].rstrip()) > room:
+            offsets.append(word.start())
+            column = 0
+        column += len(word[0])
+    lines = text.divide(offsets)
+    for line in lines:
+        line.rstrip()
+    return Text(f"\n{indent}").join(lines)
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH_OF_PIPES
 
 
 def print_error(error: OsbuilderError, tail: str = "") -> None:
@@ -166,9 +194,17 @@ def print_error(error: OsbuilderError, tail: str = "") -> None:
     console = _Progress(stderr=True, highlight=False, markup=False, soft_wrap=True)
     if tail.strip():
         console.print(Text(tail.rstrip(), style="dim"))
-    console.print(Text.assemble(("error: ", "bold red"), str(error)))
-    if error.hint:
-        console.print(Text.assemble(("hint:  ", "bold"), error.hint))
+    for word, style, text in (("error: ", "bold red", str(error)), ("hint:  ", "bold", error.hint)):
+        if text:
+            said = Text(text)
+            if console.is_terminal:  # elsewhere a line is a line
+                said = _hung(said, console.width, " " * len(word))
+            console.print(Text.assemble((word, style), said))
+
+
+def print_note(text: str) -> None:
+    """A line on standard error, whether or not anybody reads it."""
+    _Progress(stderr=True, highlight=False, markup=False, soft_wrap=True).print(Text(text))
 
 
 def age_text(moment: float) -> str:

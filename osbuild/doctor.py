@@ -1,4 +1,4 @@
-"""What osbuilder uses of this machine: here, missing, or not needed for the rest to work."""
+"""What osbuilder uses of this machine: here, or missing, and whether the rest works without it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from osbuild.kernel_source import DEFAULT as DEBIAN_TARBALL
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One tool: `state` is here, missing, or optional (not here, and only some things need it)."""
+    """One tool: `state` is here, missing, missing (optional), or not used (optional): here, and of no use."""
 
     name: str
     state: str
@@ -37,6 +37,7 @@ class _Want:
     needed: bool = True
 
 
+_OPTIONAL: Final = "missing (optional)"
 _WANTS: Final = (
     _Want("qemu-system-x86_64", "qemu-system-x86", "booting guests"),
     _Want("gcc", "gcc", "the kernel"),
@@ -66,7 +67,7 @@ def examine() -> list[Finding]:
 
 def _look_for(want: _Want) -> Finding:
     where = want.name if want.name.startswith("/") and Path(want.name).exists() else _find(want.name, command.find)
-    state = "here" if where else "missing" if want.needed else "optional"
+    state = "here" if where else "missing" if want.needed else _OPTIONAL
     return Finding(name=want.name, state=state, purpose=want.purpose, detail=where or f"apt-get install {want.package}")
 
 
@@ -84,7 +85,7 @@ def _docker() -> Finding:
     try:
         daemon.connect(5).close()
     except HostError as problem:
-        return Finding(name="Docker daemon", state="optional", purpose=purpose, detail=f"{problem}; {problem.hint}")
+        return Finding(name="Docker daemon", state=_OPTIONAL, purpose=purpose, detail=f"{problem}; {problem.hint}")
     return Finding(name="Docker daemon", state="here", purpose=purpose, detail="answers")
 
 
@@ -95,9 +96,10 @@ def _kvm() -> Finding:
     try:
         chosen = accel.choose("auto", arch, Path(command.find(arch.qemu)), cache=default_cache())
     except OsbuilderError as problem:
-        return Finding(name="KVM", state="optional", purpose="faster guests", detail=str(problem))
-    state = "here" if chosen.name == "kvm" else "optional"
-    detail = chosen.reason if state == "here" else f"guests are emulated: {chosen.reason}"
+        return Finding(name="KVM", state=_OPTIONAL, purpose="faster guests", detail=str(problem))
+    unused = "not used (optional)" if accel.DEVICE.exists() else _OPTIONAL
+    state = "here" if chosen.name == "kvm" else unused
+    detail = chosen.reason if state == "here" else f"{chosen.reason}: guests are emulated"
     return Finding(name="KVM", state=state, purpose="faster guests", detail=detail)
 
 

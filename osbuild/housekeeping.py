@@ -20,10 +20,12 @@ from typing import Any, Final
 
 from osbuild.blobs import BLOBS, PARTIAL, TAGS, check_blob, read_tag
 from osbuild.cache import LOCKS, STAGING, VERSION, Cache, NoLocksError, flock, intact, is_at, open_shared, set_aside
+from osbuild.cache_names import blobs_of_images, describe
 from osbuild.errors import HostError, SpecError
 from osbuild.tree import quote
 
 ENTRIES: Final = ("agent", "kernel", "tree")  # the kinds that Cache.get makes
+IMAGES: Final = "images"  # beside the version's directory: scripts/base-image keeps there what it has made
 UNKNOWN: Final = "unknown"
 
 _HEX: Final = r"[0-9a-f]{64}"
@@ -33,7 +35,7 @@ _PARTIAL_DAYS: Final = 1.0  # longer than this nobody waits to go on with a tran
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    directory: str  # below the version's
+    directory: str  # below the version's; IMAGES is beside it
     names: str
     kind: str
     lock: str = ""  # who makes or fetches it holds this; {key} is the first group of `names`, or all of it
@@ -50,6 +52,7 @@ def _entry(kind: str) -> tuple[_Row, ...]:
 
 _STRANGE: Final = _Row("", "", UNKNOWN)
 _CCACHE: Final = _Row("", r"ccache", "scratch")
+_IMAGE: Final = _Row(IMAGES, r"(?:debian|busybox)-\d+", "base-image")
 _ROWS: Final = (
     *(row for kind in ENTRIES for row in _entry(kind)),
     _Row(BLOBS, _HEX, "blob", lock="blob-{key}"),
@@ -57,6 +60,7 @@ _ROWS: Final = (
     _Row(TAGS, _HEX, "tag"),
     _Row(TAGS, rf"\.{_HEX}\.[\w-]+", "partial"),
     _Row(LOCKS, rf"(?:{'|'.join(ENTRIES)}|blob|kernel-source)-{_HEX}(?:-[0-9a-f]{{16}})?", "lock"),
+    _Row("logs", r"kernel-config-\d+\.log", "leftover", shared=True),  # of earlier versions: one for each process
     _Row("logs", r"kernel-[\w-]+\.log", "log", shared=True),
     _Row("accel", r"[0-9a-f]{32}\.json", "log", shared=True),
     _Row("accel", r"new-\w+", "leftover", shared=True),
@@ -70,13 +74,16 @@ _ROWS: Final = (
         "kernel-source", rf"{STAGING}({_HEX}(?:-[0-9a-f]{{16}})?)", "leftover", lock="kernel-source-{key}", shared=True
     ),
     _CCACHE,
+    _IMAGE,
+    _Row(IMAGES, r"\.making-\w{6}", "leftover"),
 )
 _DIRECTORIES: Final = frozenset(row.directory for row in _ROWS)
 _IN_CCACHE: Final = re.compile(r"[0-9a-f]|tmp|lock|stats|ccache\.conf|CACHEDIR\.TAG")
-_ASIDE: Final = re.compile(r"(?P<name>.+?)\.(?:bad|gone)-[0-9a-z_]{8}")
+_ASIDE: Final = re.compile(r"(?P<name>.+?)\.(?P<why>bad|gone)-[0-9a-z_]{8}")
+_KIND_ASIDE: Final = {"bad": "damaged", "gone": "leftover"}
 
-_WORTHLESS: Final = frozenset(("leftover", "lock"))  # unless in use
-KINDS: Final = frozenset(row.kind for row in _ROWS)  # of what may be pruned
+_WORTHLESS: Final = frozenset(("leftover", "lock", "damaged"))  # unless in use
+KINDS: Final = frozenset(row.kind for row in _ROWS) | {"damaged"}  # of what may be pruned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +96,13 @@ class CacheItem:
     size: int  # bytes on disk, which another item may share
     used: float  # when last, in seconds since 1970
     in_use: bool  # now, by a process; also said when nobody can tell
+    about: str  # what it is to people; may be nothing
 
     def to_dict(self) -> dict[str, Any]:
         """The same for JSON."""
         return {
             "kind": self.kind, "key": self.key, "path": str(self.path), "size": self.size, "used": round(self.used),
-            "in_use": self.in_use,
+            "in_use": self.in_use, "about": self.about,
         }  # fmt: skip
 
 
@@ -207,6 +215,10 @@ def _is_ours(root: Path) -> bool:
     home = root / VERSION
     try:
         ours = _is_directory(home) and any(_is_directory(home / name) for name in _DIRECTORIES if name)
+        if not os.path.lexists(home) and any(
+            _recognise(IMAGES, path)[0] is not _STRANGE for path in _children(home, IMAGES)
+        ):
+            ours, home = True, root / IMAGES
         if not ours and (root.is_symlink() or root.exists()) and os.listdir(root):
             raise SpecError(f"{quote(str(root))} is no cache of osbuilder's", hint="see what OSBUILDER_CACHE names")
         if not ours:
@@ -331,6 +343,7 @@ _CHECKS: Final[Mapping[str, Callable[[Path], str]]] = {
 def _survey(cache: Cache, kinds: frozenset[str]) -> list[_Found]:
     home = cache.root / VERSION
     counted: set[tuple[int, int]] = set()
+    images = blobs_of_images(home)
     found = []
     try:
         for directory in sorted(_DIRECTORIES | {str(Path(BLOBS).parent)}):
@@ -338,10 +351,11 @@ def _survey(cache: Cache, kinds: frozenset[str]) -> list[_Found]:
                 row, key = _recognise(directory, path)
                 if row.kind in kinds:
                     with contextlib.suppress(FileNotFoundError):  # somebody else was faster
-                        found.append(_describe(home, path, row, key, counted))
+                        found.append(_describe(home, path, row, key, counted, images))
         if UNKNOWN in kinds:
             others = [path for path in cache.root.glob("v[0-9]*") if re.fullmatch(r"v\d+", path.name)]
-            found += [_describe(home, path, _STRANGE, path.name, counted) for path in sorted(others) if path != home]
+            strange = [path for path in sorted(others) if path != home]
+            found += [_describe(home, path, _STRANGE, path.name, counted, images) for path in strange]
     except OSError as problem:
         raise HostError(f"cannot use the cache {quote(str(cache.root))}: {problem.strerror}") from problem
     return found
@@ -349,6 +363,7 @@ def _survey(cache: Cache, kinds: frozenset[str]) -> list[_Found]:
 
 def _children(home: Path, directory: str) -> Iterator[Path]:
     """What lies in a directory of ours, without those that have rows of their own; links are not followed."""
+    home = home.parent if directory == IMAGES else home
     parts = Path(directory).parts
     if not all(_is_directory(home.joinpath(*parts[:depth])) for depth in range(len(parts) + 1)):
         return
@@ -367,14 +382,18 @@ def _recognise(directory: str, path: Path) -> tuple[_Row, str]:
         match = re.fullmatch(row.names, name) if row.directory == directory else None
         if match is None or (row is _CCACHE and not _is_ccache(path)):
             continue
+        if row is _IMAGE and aside is None and not _is_base_image(path):
+            continue
         key = match[1] if match.re.groups else name
         if aside is not None:  # whoever set it aside is done with it
-            return replace(row, kind="leftover", lock=""), key
+            return replace(row, kind=_KIND_ASIDE[aside["why"]], lock=""), key
         return replace(row, lock=row.lock.format(key=key)), key
     return _STRANGE, path.name
 
 
-def _describe(home: Path, path: Path, row: _Row, key: str, counted: set[tuple[int, int]]) -> _Found:
+def _describe(
+    home: Path, path: Path, row: _Row, key: str, counted: set[tuple[int, int]], images: Mapping[str, str]
+) -> _Found:
     status = path.lstat()
     guards = (path.parent,) if row.shared else ()
     if stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode):
@@ -383,8 +402,9 @@ def _describe(home: Path, path: Path, row: _Row, key: str, counted: set[tuple[in
     # Of scratch it is known only when its directory was last asked for.
     used = path.parent.lstat().st_mtime if row.shared and row.kind == "scratch" else status.st_mtime
     item = CacheItem(
-        kind=row.kind, key=key, path=path, size=_disk_usage(path, counted), used=used, in_use=any(map(_busy, watched))
-    )
+        kind=row.kind, key=key, path=path, size=_disk_usage(path, counted), used=used,
+        in_use=any(map(_busy, watched)), about=describe(row.kind, path, images),
+    )  # fmt: skip
     return _Found(item, row.lock, guards)
 
 
@@ -415,3 +435,11 @@ def _is_directory(path: Path) -> bool:
 
 def _is_ccache(path: Path) -> bool:
     return _is_directory(path) and all(_IN_CCACHE.fullmatch(name) for name in os.listdir(path))
+
+
+def _is_base_image(path: Path) -> bool:
+    """An OCI layout with the name that scripts/base-image gives; nobody else's images are ours to remove."""
+    try:
+        return _is_directory(path) and b'"osbuilder-demo/' in (path / "manifest.json").read_bytes()[:65536]
+    except OSError:
+        return False

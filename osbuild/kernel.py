@@ -125,9 +125,8 @@ def configure(spec: KernelSpec, cache: Cache) -> str:
     tools = _find_tools(spec, requests)
     source = open_source(spec.source, cache)
     tree = patch_source(source, find_patches(spec.patches, source.series), cache)
-    name = f"config-{os.getpid()}"
-    with _build_directory(cache, name) as out:
-        build = _Build(arch=spec.arch, tools=tools, tree=tree, out=out, log=_new_log(cache, name))
+    with _build_directory(cache, f"config-{os.getpid()}") as out:
+        build = _Build(arch=spec.arch, tools=tools, tree=tree, out=out, log=_new_log(cache, "config"))
         _configure(build, requests)
         return (out / ".config").read_text()
 

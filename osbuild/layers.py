@@ -18,7 +18,7 @@ from typing import Final
 
 from osbuild import tar
 from osbuild.errors import InputError
-from osbuild.limits import BODY_COST, DIRECTORY_COST, INODE_COST, PIECE_COST, XATTR_COST, Limits, text_cost
+from osbuild.limits import BODY_COST, DIRECTORY_COST, INODE_COST, PIECE_COST, XATTR_COST, Limits, more, text_cost
 from osbuild.tree import Backing, Draft, Entry, Tree, quote
 
 WHITEOUT: Final = ".wh."
@@ -63,7 +63,10 @@ class _Account:
     def layer(self, layer: Layer) -> None:
         self.layer_bytes += layer.size
         if self.layer_bytes > self.limits.image_bytes:
-            raise InputError(f"layer {layer.diff_id}: all layers have more than {self.limits.image_bytes} bytes")
+            raise InputError(
+                f"layer {layer.diff_id}: all layers have more than {self.limits.image_bytes} bytes",
+                hint=more("image_bytes"),
+            )
 
     def member(self, member: tar.Member) -> None:
         """Count one more; InputError when that is one too many."""
@@ -80,13 +83,19 @@ class _Account:
         if member.xattrs:
             self.memory += sum(XATTR_COST + len(name) + len(value) for name, value in member.xattrs.items())
         if self.entries > limits.entries:
-            raise InputError(f"{quote(member.name)}: more than {limits.entries} entries in the layers of an image")
+            raise InputError(
+                f"{quote(member.name)}: more than {limits.entries} entries in the layers of an image",
+                hint=more("entries"),
+            )
         if self.file_bytes > limits.image_bytes:
-            raise InputError(f"{quote(member.name)}: all files together have more than {limits.image_bytes} bytes")
+            raise InputError(
+                f"{quote(member.name)}: all files together have more than {limits.image_bytes} bytes",
+                hint=more("image_bytes"),
+            )
         if self.memory > limits.memory_bytes:
             raise InputError(
                 f"{quote(member.name)}: names, inodes and attributes take more than {limits.memory_bytes} bytes",
-                hint="--limit memory_bytes=… allows more",
+                hint=more("memory_bytes"),
             )
 
     def text(self, text: str) -> None:

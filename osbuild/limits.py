@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Final
 
 from osbuild.tree import DEPTH_MAX, LINK_HOPS, NAME_MAX, PATH_MAX
@@ -19,26 +20,63 @@ PIECE_COST: Final = 176
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Every field is a number that `--limit NAME=VALUE` sets; each comment says of what."""
+    """Every field is a number that `--limit NAME=VALUE` sets; ABOUT says of what."""
 
-    image_bytes: int = 64 << 30  # all layers uncompressed; separately: all files, with the holes of sparse ones
-    file_bytes: int = 64 << 30  # one file
-    entries: int = 1_000_000  # members of all layers, and the directories that only their names ask for
+    image_bytes: int = 64 << 30
+    file_bytes: int = 64 << 30
+    entries: int = 1_000_000
     # Names, inodes and attributes of all layers in memory, by our estimate: with it a refusal stays below 400 MB.
     memory_bytes: int = 320 << 20
-    steps: int = 20_000_000  # names and links looked up on the way to all entries
-    path_bytes: int = PATH_MAX  # one path, also where links have lengthened it
-    name_bytes: int = NAME_MAX  # one component of a path
-    target_bytes: int = PATH_MAX  # one symbolic link's target
-    depth: int = DEPTH_MAX  # directories above each other
-    link_hops: int = LINK_HOPS  # symbolic links followed on the way to one entry
-    header_bytes: int = 1 << 20  # one extended (PAX) header
-    header_records: int = 64  # records in one extended header: extended attributes, mostly
-    xattr_bytes: int = 1 << 16  # one extended attribute's value; the kernel's own limit
-    sparse_pieces: int = 1 << 16  # pieces between the holes of one sparse file
-    trailing_bytes: int = 1 << 24  # after the end of an archive: padding of blocking factors, nothing else
-    ratio: int = 200  # uncompressed to compressed, beyond 512 MiB
-    zstd_window_log: int = 27  # 128 MiB of memory while a zstd stream is read
+    steps: int = 20_000_000
+    path_bytes: int = PATH_MAX
+    name_bytes: int = NAME_MAX
+    target_bytes: int = PATH_MAX
+    depth: int = DEPTH_MAX
+    link_hops: int = LINK_HOPS
+    header_bytes: int = 1 << 20
+    header_records: int = 64
+    xattr_bytes: int = 1 << 16  # the kernel's own limit
+    sparse_pieces: int = 1 << 16
+    trailing_bytes: int = 1 << 24
+    ratio: int = 200
+    zstd_window_log: int = 27
+
+
+# field -> its unit, and what there may be so much of
+ABOUT: Final[Mapping[str, tuple[str, str]]] = {
+    "image_bytes": ("bytes", "all layers uncompressed; all files, holes too"),
+    "file_bytes": ("bytes", "one file"),
+    "entries": ("entries", "all layers, with directories only implied"),
+    "memory_bytes": ("bytes", "memory for names, inodes, attributes"),
+    "steps": ("steps", "names and links looked up for all entries"),
+    "path_bytes": ("bytes", "one path, also where links lengthen it"),
+    "name_bytes": ("bytes", "one component of a path"),
+    "target_bytes": ("bytes", "one symbolic link's target"),
+    "depth": ("levels", "directories inside each other"),
+    "link_hops": ("links", "followed on the way to one entry"),
+    "header_bytes": ("bytes", "one extended (PAX) header of a tar"),
+    "header_records": ("records", "in one extended header"),
+    "xattr_bytes": ("bytes", "one extended attribute's value"),
+    "sparse_pieces": ("pieces", "between the holes of one sparse file"),
+    "trailing_bytes": ("bytes", "after the end of an archive"),
+    "ratio": ("times", "uncompressed to compressed, past 512 MiB"),
+    "zstd_window_log": ("log2 bytes", "memory to read a zstd stream: 27 is 128 MiB"),
+}
+
+
+def option_name(field: str) -> str:
+    """As `--limit` spells it."""
+    return field.replace("_", "-")
+
+
+def more(field: str) -> str:
+    """The hint of whoever refuses something because of a limit."""
+    return f"--limit {option_name(field)}=NUMBER allows more"
+
+
+def rows() -> list[tuple[str, str, str, str]]:
+    """Every limit: its name, what it is when nobody sets it, the unit, and what it limits."""
+    return [(option_name(field.name), str(field.default), *ABOUT[field.name]) for field in fields(Limits)]
 
 
 def text_cost(text: str) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -24,13 +25,15 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from osbuild import console
+from osbuild import limits as limits_table
 from osbuild.arch import Arch, find_arch, host_arch
 from osbuild.errors import SpecError
 from osbuild.filesystem import FILESYSTEMS
+from osbuild.limits import Limits, option_name
 from osbuild.nvdimm_image import ALIGN
 from osbuild.oci import Platform, parse_platform
 from osbuild.spec import KINDS, Addition, BuildSpec, DiskSpec, GuestSpec, RegistrySpec, RootfsSpec
-from osbuild.tar import Limits
 from osbuild.tree import quote
 from osbuild.verity import parse_salt
 
@@ -136,9 +139,11 @@ def takes(*groups: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
         @functools.wraps(function)
         def command(*, config: Path | None, **values: Any) -> None:
-            given = {row.name: values.pop(name) for name, row in rows.items()}
-            given = {name: value for name, value in given.items() if value is not None and value != []}
-            given = {name: value for name, value in given.items() if value is not False}
+            said = [(row, values.pop(name)) for name, row in rows.items()]
+            given = {row.name: _given(row, value) for row, value in said if value not in (None, [], False)}
+            if "help" in given.get("limit", ()):
+                console.print_table("--limit NAME=NUMBER", ("limit", "default", "unit", "of what"), limits_table.rows())
+                return
             function(words=merged(read_config(config) if config else {}, given), **values)
 
         own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "words"]
@@ -277,14 +282,17 @@ def registry_spec(words: Words) -> RegistrySpec:
 
 def limits(words: Words) -> Limits:
     """How much an image may hold."""
-    known = {field.name.replace("_", "-"): field for field in fields(Limits)}
+    known = {option_name(field.name): field.name for field in fields(Limits)}
     found = {}
     for text in words.get("limit", ()):
         name, _, number = text.partition("=")
-        if name not in known or not re.fullmatch(r"[1-9][0-9]{0,18}", number):
-            there = ", ".join(f"{name}={field.default}" for name, field in known.items())
-            raise SpecError(f"no limit {quote(text)}", hint=f"NAME=NUMBER; as they are: {there}")
-        found[known[name].name] = int(number)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise SpecError(f"no limit {quote(name)}", hint=f"{meant}--limit help lists them")
+        if not re.fullmatch(r"[1-9][0-9]{0,18}", number):
+            raise SpecError(f"--limit {name}: {quote(number)} is not a whole number from 1", hint=f"{name}=NUMBER")
+        found[known[name]] = int(number)
     return Limits(**found)
 
 
@@ -363,8 +371,24 @@ def _identifier(option: Option) -> str:
     return "word_" + option.name.replace("-", "_")
 
 
+def _given(option: Option, value: Any) -> Any:
+    """A value of the command line as its kind; SpecError when it is none, or is the next option."""
+    for text in map(str, value if isinstance(value, list) else [value]):
+        if re.match(r"-[A-Za-z]|--", text):
+            raise SpecError(f"--{option.name}: no value, for {quote(text)} is an option", hint=option.help)
+    if option.kind in (int, float):
+        try:
+            number = option.kind(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise SpecError(f"--{option.name}: {quote(value)} is not {_TYPES[option.kind]}", hint=option.help)
+        return number
+    return value
+
+
 def _type(option: Option) -> Any:
-    kind: Any = list[str] if option.kind is list else str if option.kind is Size else option.kind
+    kind: Any = list[str] if option.kind is list else Path if option.kind is Path else str  # numbers: see _given
     if option.kind is bool:
         return Annotated[bool | None, typer.Option(f"--{option.name}", help=option.help, show_default=False)]
     return Annotated[kind | None, typer.Option(f"--{option.name}", help=option.help, metavar=_METAVARS[option.kind])]

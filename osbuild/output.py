@@ -36,7 +36,8 @@ def writing(path: Path, *, needs: int = 0) -> Iterator[int]:
     try:
         descriptor, temporary = _open_beside(path)
     except OSError as problem:
-        raise HostError(f"cannot write in {quote(str(path.parent))}: {problem.strerror}") from problem
+        message = f"cannot write in {quote(str(path.parent))}: {problem.strerror}"
+        raise HostError(message, hint="name another directory") from problem
     try:
         yield descriptor
         os.fchmod(descriptor, 0o644)
@@ -189,9 +190,8 @@ def check_output(path: Path) -> None:
     except OSError as problem:
         raise HostError(f"cannot look at {quote(str(path))}: {problem.strerror}") from problem
     if found is not None and not stat.S_ISREG(found.st_mode):
-        raise SpecError(
-            f"{quote(str(path))} exists and is not a regular file", hint="remove it, or choose another name"
-        )
+        hint = "name a file in it" if stat.S_ISDIR(found.st_mode) else "choose another name"
+        raise SpecError(f"{quote(str(path))} exists and is not a regular file", hint=hint)
     home = path.parent
     if not home.is_dir():
         why = os.strerror(errno.ENOTDIR if home.exists() else errno.ENOENT)

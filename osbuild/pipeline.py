@@ -86,7 +86,8 @@ def open_source(spec: BuildSpec, cache: Cache, show: Show) -> SourceImage:
             platform=platform, cache=cache, limits=spec.limits, registry=spec.registry, progress=step.advance
         )  # fmt: skip
         image = open_image(spec.image, want)
-        step.note = f"{len(image.tree)} entries in {len(image.config.diff_ids)} layers"
+        layers = len(image.config.diff_ids)
+        step.note = f"{len(image.tree)} entries" + (f" in {layers} layer{'s' * (layers > 1)}" if layers else "")
     return image
 
 
@@ -256,7 +257,7 @@ def boot(
     with show.step(f"booting the {name}", name=f"boot {name}") as step:
         report = smoke.run(machine, out / "smoke" / name, name=name, seconds=wishes.seconds)
         step.bad = report.verdict is not Verdict.passed
-        step.note = f"{report.verdict}: {report.reason}" if step.bad else report.accel.name
+        step.note = str(report.verdict) if step.bad else report.accel.name  # the reason is in the report
     return report
 
 

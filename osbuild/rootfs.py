@@ -25,7 +25,7 @@ from osbuild.tree import Draft, Entry, Tree, device, directory, regular, symlink
 from osbuild.wishes import additions, agent_policy, guest_hooks, kernel_modules, removals
 from osbuild.workload import workload_description
 
-FIRST: Final = 5  # paths that an explanation names of each kind
+FIRST: Final = 5  # paths that an explanation names of each kind, or all of them when it is one more
 
 
 # --- Rules for every guest ------------------------------------------------------------------------------------------
@@ -141,7 +141,8 @@ class Changed:
 
     @classmethod
     def of(cls, paths: list[str]) -> Changed:
-        return cls(count=len(paths), first=tuple(paths[:FIRST]))
+        # "and 1 more" would be longer than the path.
+        return cls(count=len(paths), first=tuple(paths if len(paths) == FIRST + 1 else paths[:FIRST]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ _POWEROFF_SECONDS: Final = 10.0
 _CONNECT_SECONDS: Final = 0.2
 _CALL_SECONDS: Final = 10.0  # for an agent that answered before
 _NOT_REACHED: Final = "not reached"
+_LAST_CHARACTERS: Final = 60  # of a console's last line, in a reason
 
 
 class Wrong(Exception):  # noqa: N818 - a finding, not an error
@@ -300,9 +301,17 @@ def _reason(
     if verdict is Verdict.passed:
         return "the agent answered, and everything it said was right"
     if cause is not None and not cause.certain and not evidence.answered:
-        return f"no answer from the agent (seen: {evidence.phase}, deadline {seconds:g} s): {cause.sentence}"
+        return _silence(cause, evidence, seconds)
     worst = next((check for check in checks if check.verdict is verdict), checks[0])
     return f"{worst.name}: {worst.detail}"
+
+
+def _silence(cause: Cause, evidence: autopsy.Evidence, seconds: float) -> str:
+    """How long nobody answered, how far the guest came, and the end of its console in a few words."""
+    said = "" if cause.name == "unknown" else f", {cause.sentence}"
+    last = cause.line.strip()
+    shown = f"; last: {last[:_LAST_CHARACTERS]}{'…' * (len(last) > _LAST_CHARACTERS)}" if last else ""
+    return f"silent after {seconds:g} s (seen: {evidence.phase}){said}{shown}"
 
 
 def _kind(root: DiskImage | Initrd) -> str:

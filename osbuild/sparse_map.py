@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from osbuild.limits import Limits
+from osbuild.limits import Limits, more
 
 BLOCK: Final = 512
 PREFIX: Final = "GNU.sparse."
@@ -33,6 +33,10 @@ Pairs = list[tuple[int, int]]  # offset in the file, size
 
 class OddError(Exception):
     """A rule of the format is broken; the reader adds which member breaks it."""
+
+    def __init__(self, message: str, *, limit: str = "") -> None:
+        super().__init__(message)
+        self.hint = more(limit) if limit else ""  # the field of Limits that was the rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +136,7 @@ def _lines(body: int, stored: int, read: Callable[[int, int], bytes], limits: Li
 def _checked(pairs: Pairs, size: int, body: int, stored: int, limits: Limits, name: bytes | None = None) -> Map:
     """Pieces in order, apart, inside the file, and together what is stored."""
     if size > limits.file_bytes:
-        raise OddError(f"{size} bytes are more than the {limits.file_bytes} a file may have")
+        raise OddError(f"{size} bytes are more than the {limits.file_bytes} a file may have", limit="file_bytes")
     at, source = 0, body
     pieces = []
     for offset, length in pairs:
@@ -156,4 +160,4 @@ def _decimal(text: bytes) -> int:
 
 def _limit(count: int, limits: Limits) -> None:
     if count > limits.sparse_pieces:
-        raise OddError(f"more than {limits.sparse_pieces} pieces in a sparse map")
+        raise OddError(f"more than {limits.sparse_pieces} pieces in a sparse map", limit="sparse_pieces")

@@ -101,7 +101,7 @@ class _Reader:
                 kind = block[156:157]
                 count += kind not in b"xLK"  # those come with a member
                 if count > self._limits.entries:
-                    raise OddError(f"more than {self._limits.entries} members in an archive")
+                    raise OddError(f"more than {self._limits.entries} members in an archive", limit="entries")
                 if kind in b"xgLK":
                     at = self._extended(kind, block, at + BLOCK)
                     continue
@@ -109,7 +109,7 @@ class _Reader:
             except OddError as odd:
                 name = self._ahead.name(_name(block))
                 raise InputError(
-                    f"{_shown(name) if name else 'tar'}: {odd} (tar header at byte {at - self._start})"
+                    f"{_shown(name) if name else 'tar'}: {odd} (tar header at byte {at - self._start})", hint=odd.hint
                 ) from None
             yield member
         if not self._ahead.empty:
@@ -137,7 +137,8 @@ class _Reader:
         size = _number(block[124:136], "size")
         most = self._limits.header_bytes if kind in b"xg" else GNU_NAME_MAX + 1
         if size > most:
-            raise OddError(f"an extended header of {size} bytes, more than {most}")
+            limit = "header_bytes" if kind in b"xg" else ""
+            raise OddError(f"an extended header of {size} bytes, more than {most}", limit=limit)
         after = body + size + -size % BLOCK
         if after > self._end:
             raise OddError("an extended header is longer than the archive")
@@ -233,7 +234,9 @@ class _Reader:
         if not stat.S_ISREG(member.kind):
             raise OddError(f"only regular files have bytes, but its size is {size}")
         if size > self._limits.file_bytes:
-            raise OddError(f"{size} bytes are more than the {self._limits.file_bytes} a file may have")
+            raise OddError(
+                f"{size} bytes are more than the {self._limits.file_bytes} a file may have", limit="file_bytes"
+            )
         if body + size > self._end:
             raise OddError(f"its {size} bytes end after the archive does")
         return body + size + -size % BLOCK
@@ -244,7 +247,9 @@ class _Reader:
             raise OddError("data after a single zero block")
         if self._end - at > self._limits.trailing_bytes:
             most = self._limits.trailing_bytes
-            raise OddError(f"{self._end - at} bytes after the end of the archive, more than {most}")
+            raise OddError(
+                f"{self._end - at} bytes after the end of the archive, more than {most}", limit="trailing_bytes"
+            )
 
 
 class _Ahead:
@@ -376,7 +381,7 @@ def _pax_records(data: bytes, limits: Limits) -> tuple[dict[str, bytes], list[tu
         else:
             records[name] = value
         if len(records) > limits.header_records or len(listed) > 2 * limits.sparse_pieces:
-            raise OddError(f"more than {limits.header_records} records in an extended header")
+            raise OddError(f"more than {limits.header_records} records in an extended header", limit="header_records")
         at = end
     return records, listed
 

@@ -408,7 +408,10 @@ class Draft:
     def _step(self, count: int, path: str) -> None:
         self._steps -= count
         if self._steps < 0:
-            raise InputError(f"{quote(path)}: the ways to all entries are too long to follow")
+            raise InputError(
+                f"{quote(path)}: the ways to all entries are too long to follow",
+                hint="--limit steps=NUMBER allows more",
+            )
 
     def _check_hops(self, hops: int, path: str) -> None:
         if hops > self._link_hops:

@@ -8,7 +8,7 @@ from typing import Final
 
 from osbuild import zstd
 from osbuild.errors import InputError
-from osbuild.limits import Limits
+from osbuild.limits import Limits, more
 
 CHUNK: Final = 1 << 20
 _SLICE: Final = 1 << 14  # taken at a time: what follows a stream's end is copied, and streams can be very short
@@ -32,11 +32,13 @@ def uncompressed(
     for taken, data in _pairs(chunks, compression, where, limits):
         total += len(data)
         if total > limits.image_bytes:
-            raise InputError(f"{where}: more than {limits.image_bytes} bytes when uncompressed")
+            raise InputError(
+                f"{where}: more than {limits.image_bytes} bytes when uncompressed", hint=more("image_bytes")
+            )
         if compression != "none" and total > _RATIO_FLOOR and total > limits.ratio * taken:
             raise InputError(
                 f"{where}: {taken} compressed bytes become more than {total}: a decompression bomb",
-                hint=f"more than {limits.ratio} times is refused; --limit ratio=… allows more",
+                hint=f"more than {limits.ratio} times is refused; {more('ratio')}",
             )
         yield data
 
@@ -102,7 +104,9 @@ def _check_padding(data: bytes, where: str) -> None:
 def _check_parts(count: int, where: str, limits: Limits) -> None:
     # Lazily pulled images (eStargz) have a member for each file; more than that is a way to waste our time.
     if count > limits.entries:
-        raise InputError(f"{where}: more than {limits.entries} compressed streams one after another")
+        raise InputError(
+            f"{where}: more than {limits.entries} compressed streams one after another", hint=more("entries")
+        )
 
 
 def _unzstd(chunks: Iterable[bytes], where: str, limits: Limits) -> Iterator[tuple[int, bytes]]:

@@ -38,7 +38,7 @@ def workspace(out: Path) -> Iterator[Path]:
     except OSError as problem:
         raise HostError(f"cannot make {quote(str(out))}: {problem.strerror}", hint="name another with -o") from problem
     try:
-        with locked(out):
+        with locked(out, hint="name another directory with -o"):
             _refuse_what_is_not_ours(out)
             with _marked(out):
                 yield out.absolute()
@@ -49,16 +49,17 @@ def workspace(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
+def locked(out: Path, *, hint: str = "copy the build to a directory of your own, and boot that") -> Iterator[None]:
     """Nobody else builds or boots in this directory meanwhile; the lock dies with its process."""
     if not os.access(out, os.W_OK | os.X_OK):
-        raise HostError(f"{quote(str(out))} cannot be written to", hint="name another directory")
+        raise HostError(f"{quote(str(out))} cannot be written to", hint=hint)
     handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise HostError(f"another osbuilder is at work in {quote(str(out))}") from None
+            message = f"another osbuilder is at work in {quote(str(out))}"
+            raise HostError(message, hint=f"wait until it has ended, or {hint}") from None
         yield
     finally:
         os.close(handle)

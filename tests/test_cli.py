@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import stat
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 
+from osbuild.blobs import Blobs
+from osbuild.cache import Cache
 from tests.layer_tools import archive, folder, hardlink, member, write_layout
 
 OSBUILDER = (sys.executable, "-c", "from osbuild.cli import main; main()")
@@ -66,6 +74,14 @@ def test_help_names_every_command_of_the_readme() -> None:
         (("build", "oci:x", "--accel", "warp"), 2, "warp"),
         (("build", "oci:x", "--make", "cake"), 2, "cake"),
         (("build", "oci:x", "--timeout", "-1"), 2, "-1"),
+        (("build", "oci:x", "--timeout", "soon"), 2, "--timeout: 'soon' is not a number"),
+        (("build", "oci:x", "--timeout", "nan"), 2, "--timeout: 'nan' is not a number"),
+        (("build", "oci:x", "--memory", "64M"), 2, "--memory: '64M' is not a whole number"),
+        (("build", "oci:x", "--cpus", "1.5"), 2, "--cpus: '1.5' is not a whole number"),
+        (("build", "--recipe", "-q"), 2, "--recipe: no value, for '-q' is an option"),
+        (("build", "oci:x", "--add", "--slim"), 2, "--add: no value, for '--slim' is an option"),
+        (("build", "oci:x", "--nosuch"), 2, "no such option: --nosuch"),
+        (("build", "oci:x", "y"), 2, "unexpected extra argument"),
         (("smoke", "/no/such/build"), 3, "no finished build"),
         (("image", "docker-archive:/dev/null/x"), 3, "cannot read"),
     ],
@@ -80,10 +96,81 @@ def test_bad_input_gets_one_line_and_its_exit_code(
     assert done.stdout == ""
 
 
-def test_words_that_do_not_exist_are_a_usage_error() -> None:
-    assert run("build").returncode == 2
-    assert run("bake", "x").returncode == 2
-    assert run("build", "oci:x", "--nope").returncode == 2
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("bake", "x"), "no such command 'bake'"),
+        (("build", "oci:x", "--memroy", "64"), "did you mean --memory?"),
+        (("diff", "one"), "missing argument 'second'"),
+        (("diff", "a", "b", "--most", "0"), "--most: not a number from 1"),
+        (("cache", "prune", "--days", "x"), "--days: not a number"),
+        (("agent", "version", "/no/such"), "file '/no/such' does not exist"),
+        (("cache", "prune", "--kind", "kernels"), "'kernels'"),
+        (("build",), "no image is named"),
+    ],
+)
+def test_a_usage_error_looks_like_every_other_error(words: tuple[str, ...], says: str) -> None:
+    done = run(*words, "--json") if words[0] != "bake" else run(*words)
+    assert done.returncode == 2
+    assert one_line(done.stderr)
+    assert says in done.stderr
+    if words[0] != "bake":
+        told = json.loads(done.stdout)
+        assert says in told["error"] + told["hint"]
+        assert told["code"] == 2
+
+
+def test_a_command_without_words_prints_its_help() -> None:
+    done = run("cache")
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: osbuilder cache")
+    assert "..." not in done.stderr.partition("Commands:")[2], "a summary is cut"
+
+
+def test_the_limits_are_listed_without_an_image() -> None:
+    done = run("build", "--limit", "help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "header-records" in done.stdout
+    assert "1000000" in done.stdout
+
+
+def test_a_limit_that_refuses_an_image_is_named(layout: Path) -> None:
+    done = run("rootfs", f"oci:{layout}", "--limit", "entries=1", "--quiet")
+    assert done.returncode == 3
+    assert "hint:  --limit entries=NUMBER allows more" in done.stderr
+
+
+def test_a_tar_goes_into_a_pipe_or_a_device_as_it_comes(layout: Path, tmp_path: Path) -> None:
+    words = ("rootfs", f"oci:{layout}", "--raw", "--quiet", "--tar")
+    assert run(*words, str(tmp_path / "whole.tar")).returncode == 0
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with (tmp_path / "read").open("wb") as sink, subprocess.Popen(["cat", str(fifo)], stdout=sink) as reader:
+        done = run(*words, str(fifo))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert reader.wait(30) == 0
+    assert (tmp_path / "read").read_bytes() == (tmp_path / "whole.tar").read_bytes()
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
+    assert run(*words, "/dev/null").returncode == 0
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+def test_nobody_is_told_to_remove_what_is_no_file(layout: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    for out in (tmp_path, tmp_path / "link"):
+        done = run("rootfs", f"oci:{layout}", "--quiet", "--tar", str(out))
+        assert done.returncode == 2
+        assert "not a regular file" in one_line(done.stderr)
+        assert "remove" not in done.stderr
+
+
+def test_an_explanation_begins_with_what_was_changed(layout: Path) -> None:
+    said = run("rootfs", f"oci:{layout}", "--explain", "--quiet").stdout
+    assert said.startswith("mount_points: /proc,")
+    assert "    + /dev /mnt /proc /run /sys /tmp\n" in said, "six paths are not called five and one more"
+    assert said.index("summary:") < said.index("not asked for: removals, additions, ")
+    assert "not for this image: " in said
+    assert "1 more" not in said
 
 
 def test_a_bad_source_date_epoch_is_refused(layout: Path, tmp_path: Path) -> None:
@@ -157,6 +244,73 @@ def test_a_failure_is_told_as_json_too(tmp_path: Path) -> None:
     assert "oci:PATH" in told["hint"]
 
 
+def on_terminal(columns: int, *words: str, env: dict[str, str] | None = None) -> list[str]:
+    """What a terminal of so many columns gets, without its colours."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    settings = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [*OSBUILDER, *words], stdin=theirs, stdout=theirs, stderr=theirs, cwd=Path(__file__).parent.parent,
+        env=settings | {"TERM": "xterm"} | (env or {}),
+    )  # fmt: skip
+    os.close(theirs)
+    said = b""
+    try:
+        while data := os.read(ours, 65536):
+            said += data
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    process.wait(60)
+    return re.sub(r"\x1b\[[0-?]*[@-~]", "", said.decode()).replace("\r", "").splitlines()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_on_a_terminal_lines_end_between_words_and_paths_stay_whole(columns: int, layout: Path, tmp_path: Path) -> None:
+    env = {"OSBUILDER_CACHE": str(tmp_path / "a directory with blanks is broken there" / ("long" * 8))}
+    for words in (("doctor",), ("rootfs", f"oci:{layout}", "--explain", "-q"), ("image", "docker-daemon:a", "-q")):
+        lines = on_terminal(columns, *words, env=env | {"DOCKER_HOST": "unix:///nonexistent"})
+        wide = on_terminal(1000, *words, env=env | {"DOCKER_HOST": "unix:///nonexistent"})
+        assert set(" ".join(lines).split()) == set(" ".join(wide).split()), "a word was split"
+        assert all(len(line) <= columns or len(line.split()[-1]) > columns // 3 for line in lines)
+        assert len(lines) > len(wide)
+
+
+def test_a_tree_without_layers_and_one_with_one_are_counted_rightly(layout: Path, tmp_path: Path) -> None:
+    (tmp_path / "tree/etc").mkdir(parents=True)
+    assert "(3 entries in 1 layer)" in run("rootfs", f"oci:{layout}", "--raw").stderr
+    assert "(2 entries)" in run("rootfs", f"dir:{tmp_path}/tree", "--raw").stderr
+
+
+def test_a_cache_that_is_not_there_is_said_to_be_none(tmp_path: Path) -> None:
+    assert "there is no cache yet" in run("cache", "ls", env={"OSBUILDER_CACHE": str(tmp_path / "none")}).stdout
+
+
+def test_what_the_cache_lists_is_named_and_locks_are_counted(tmp_path: Path) -> None:
+    env = {"OSBUILDER_CACHE": str(tmp_path)}
+    Blobs(cache=Cache(root=tmp_path)).remember("docker.io/library/debian:12", "sha256:" + "a" * 64)
+    for name in ("locks/kernel-" + "a" * 64, "logs/kernel-config-1.log", "logs/kernel-config.log"):
+        (tmp_path / "v1" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "v1" / name).touch()
+    said = run("cache", "ls", env=env).stdout
+    assert "docker.io/library/debian:12" in said
+    assert "besides: 1 leftover, 1 lock, 1 log; --all lists them" in said
+    assert "kernel-config.log" not in said
+    assert "kernel-config.log" in run("cache", "ls", "--all", env=env).stdout
+
+
+@pytest.mark.parametrize("both", ["", "2>&1"])
+@pytest.mark.parametrize("words", ["cache --help", "rootfs oci:{0}", "rootfs oci:{0} --tar /dev/stdout", "doctor"])
+def test_a_reader_who_has_gone_is_no_error(words: str, both: str, layout: Path) -> None:
+    program = f'{sys.executable} -c "from osbuild.cli import main; main()" {words.format(layout)}'
+    line = f"(sleep 0.2; {program}) {both} | (exec <&-; sleep 0.1); exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", line], check=False, cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 141
+    assert not [text for text in done.stderr.splitlines() if not text.startswith("✓")], done.stderr
+
+
 @pytest.mark.parametrize(("redirect", "code"), [("| (exec <&-; sleep 0.5)", 141), (">/dev/full", 4), (">&-", 0)])
 def test_a_result_that_nobody_reads_ends_without_a_traceback(
     redirect: str, code: int, layout: Path, tmp_path: Path
@@ -184,6 +338,7 @@ def test_doctor_names_the_package_of_what_is_missing(tmp_path: Path) -> None:
     findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
     assert done.returncode == 4
     assert findings["qemu-system-x86_64"]["state"] == "missing"
+    assert findings["git"]["state"] == "missing (optional)"
     assert "qemu-system-x86" in findings["qemu-system-x86_64"]["detail"]
 
 

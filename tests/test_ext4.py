@@ -103,7 +103,8 @@ def test_every_kind_of_inode_is_what_it_was(tmp_path: Path) -> None:
 
 
 def test_a_socket_is_left_out(tmp_path: Path) -> None:
-    write(draft(sock=Entry(mode=stat.S_IFSOCK | 0o755, mtime_ns=0)), tmp_path / "fs")
+    plan = write(draft(sock=Entry(mode=stat.S_IFSOCK | 0o755, mtime_ns=0)), tmp_path / "fs")
+    assert plan.skipped == ("/sock",)
     check(tmp_path / "fs")
     assert "sock" not in debugfs(tmp_path / "fs", "ls /")
 
@@ -289,6 +290,7 @@ def test_all_metadata_has_checksums(tmp_path: Path) -> None:
         "a leaf": int(debugfs(image, "bmap /d 1")) * 4096 + 9, "an index": int(debugfs(image, "bmap /d 0")) * 4096 + 44,
         "attributes": int(re.findall(r"File ACL: (\d+)", debugfs(image, "stat /x"))[0]) * 4096 + 4000,
         "extents": int(re.findall(r"\(ETB0\):(\d+)", debugfs(image, "stat /s"))[0]) * 4096 + 50,
+        "the journal": int(debugfs(image, "bmap <8> 0")) * 4096 + 200,
     }  # fmt: skip
     whole = image.read_bytes()
     for what, at in places.items():

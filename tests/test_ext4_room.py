@@ -83,3 +83,46 @@ def test_what_is_written_to_has_a_journal_as_mke2fs_makes_it(size: int, journal:
     assert told["Total journal size"] == journal
     assert f"Total journal size:       {journal}" in said.stdout
     assert int(told["Free inodes"]) >= size // 16384
+
+
+def many(files: int, size: int) -> Tree:
+    made = Draft()
+    for number in range(files):
+        made.put(f"/{number % 100}/{number}", regular(b"x" * size))
+    return made.tree()
+
+
+@pytest.mark.parametrize("writable", [False, True], ids=["for reading", "to write"])
+@pytest.mark.parametrize(("files", "size"), [(60_000, 0), (3000, 30_000), (26_000, 0)])
+def test_the_size_that_a_refusal_names_suffices(files: int, size: int, writable: bool, tmp_path: Path) -> None:
+    full = many(files, size)
+    with pytest.raises(SpecError) as caught:
+        ext4.plan(full, start=START, epoch=EPOCH, room=Room(size=8 * MIB, writable=writable))
+    needed = int(re.findall(r"needs (\d+) bytes", str(caught.value))[0])
+    with pytest.raises(SpecError, match=f"needs {needed} bytes"):
+        ext4.plan(full, start=START, epoch=EPOCH, room=Room(size=needed - 4096, writable=writable))
+    plan = ext4.plan(full, start=START, epoch=EPOCH, room=Room(size=needed, writable=writable))
+    assert plan.size == needed
+    with (tmp_path / "fs").open("wb") as file:
+        file.truncate(plan.size)
+        plan.write(file.fileno(), 0)
+    check(tmp_path / "fs")
+
+
+@pytest.mark.parametrize("files", [26_000, 32_640])
+def test_inodes_to_spare_are_as_many_as_a_group_still_has(files: int, tmp_path: Path) -> None:
+    plan = ext4.plan(many(files, 0), start=START, epoch=EPOCH, room=Room(size=128 * MIB, writable=True))
+    with (tmp_path / "fs").open("wb") as file:
+        file.truncate(plan.size)
+        plan.write(file.fileno(), 0)
+    check(tmp_path / "fs")
+    told = subprocess.run(
+        [command.find("dumpe2fs"), "-h", str(tmp_path / "fs")], capture_output=True, text=True, check=True
+    )
+    assert re.findall(r"Inode count: +(\d+)", told.stdout) == ["32768"]
+
+
+def test_metadata_of_much_free_space_takes_little_memory() -> None:
+    plan = ext4.plan(tree(), start=START, epoch=EPOCH, room=Room(size=1 << 40, writable=True))
+    distinct = {id(data): len(data) for _, data in plan.metadata}
+    assert sum(distinct.values()) < 4 * MIB, "8192 groups share the bitmaps that are alike"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -79,6 +80,12 @@ def _populate(root: Path) -> None:
     patched.mkdir()
     (patched / "Makefile").hardlink_to(source / "Makefile")
     (source.parent / f"{'e' * 16}.json").write_text("{}")
+    _base_image(root / "images/debian-1")
+
+
+def _base_image(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text('[{"RepoTags": ["osbuilder-demo/debian:latest"]}]')
 
 
 def _leave(root: Path) -> None:
@@ -95,6 +102,8 @@ def _leave(root: Path) -> None:
     (home / f"blobs/sha256/{KEY}.bad-0123abcd").symlink_to("/etc/passwd")
     (home / f"partial/{OTHER}").write_bytes(b"half")
     (home / f"locks/kernel-{OTHER}").write_bytes(b"")
+    (home / "logs/kernel-config-77.log").write_text("one for each process, once")
+    (root / "images/.making-x1Y2z3").mkdir()
 
 
 @pytest.fixture
@@ -111,8 +120,8 @@ def kinds(items: list[CacheItem] | tuple[CacheItem, ...]) -> dict[str, int]:
     return {kind: sum(item.kind == kind for item in items) for kind in sorted({item.kind for item in items})}
 
 
-LEFT = {"leftover": 9, "lock": 1}
-FRESH = {"agent": 1, "blob": 1, "kernel": 1, "log": 2, "partial": 1, "tag": 1, "tree": 1}
+LEFT = {"damaged": 3, "leftover": 8, "lock": 1}
+FRESH = {"agent": 1, "base-image": 1, "blob": 1, "kernel": 1, "log": 2, "partial": 1, "tag": 1, "tree": 1}
 SCRATCH = {"scratch": 5}
 
 
@@ -171,6 +180,52 @@ def test_all_that_the_program_keeps_has_a_row() -> None:
     assert {"ccache", "kernel-source"} <= scratch <= known
 
 
+def test_things_have_the_names_that_people_gave_them(tmp_path: Path) -> None:
+    cache = Cache(root=tmp_path)
+    layer, config = blob(cache, b"layer"), blob(cache, b"{}")
+    manifest = {"config": {"digest": f"sha256:{config.name}"}, "layers": [{"digest": f"sha256:{layer.name}"}]}
+    made = blob(cache, json.dumps(manifest).encode())
+    index = blob(cache, json.dumps({"manifests": [{"digest": f"sha256:{made.name}"}, 7]}).encode())
+    lost, odd = blob(cache, b"of nobody"), blob(cache, b'{"layers": 7, "config": [], "manifests": {}}')
+    Blobs(cache=cache).remember("docker.io/library/debian:12", f"sha256:{index.name}")
+    Blobs(cache=cache).remember("h/odd:1", f"sha256:{odd.name}")
+
+    def agent(out: Path) -> None:
+        (out / "osbuilder-agent").write_bytes(b"osbuilder-agent version=1.2.3;")
+
+    def kernel(out: Path) -> None:
+        (out / "kernel.json").write_text('{"release": "6.12.9", "arch": "x86_64"}')
+
+    home, _ = cache.get("agent", KEY, agent)
+    cache.get("kernel", KEY, kernel)
+    cache.get("kernel", OTHER, fill)
+    named = {item.path: item.about for item in survey(cache)}
+    image = "docker.io/library/debian:12"
+    assert named[index] == f"index of {image}"
+    assert named[made] == f"manifest of {image}"
+    assert named[config] == f"configuration of {image}"
+    assert named[layer] == f"layer 1 of {image}"
+    assert named[lost] == "of no name that is known"
+    assert named[home] == "osbuilder-agent 1.2.3"
+    assert named[tmp_path / "v1/kernel" / KEY] == "Linux 6.12.9, x86_64"
+    assert named[tmp_path / "v1/kernel" / OTHER] == ""
+    assert {item.about for item in survey(cache) if item.kind == "tag"} == {image, "h/odd:1"}
+
+
+def test_base_images_alone_are_a_cache_and_go_when_nobody_copies_them(tmp_path: Path) -> None:
+    image = tmp_path / "images/debian-1"
+    _base_image(image)
+    assert kinds(survey(Cache(root=tmp_path))) == {"base-image": 1}
+    copying = os.open(image, os.O_RDONLY)
+    try:
+        assert flock(copying, fcntl.LOCK_SH)
+        assert kinds(prune(Cache(root=tmp_path), everything=True).in_use) == {"base-image": 1}
+    finally:
+        os.close(copying)
+    assert kinds(prune(Cache(root=tmp_path), kinds=frozenset({"base-image"}), keep_days=0).removed) == {"base-image": 1}
+    assert os.listdir(tmp_path / "images") == []
+
+
 # --- verify
 
 
@@ -209,7 +264,7 @@ def test_what_is_damaged_is_found_and_set_aside(where: str, damage: Callable[[Pa
     assert bad.moved_to.is_symlink() or bad.moved_to.exists()
     assert json.dumps(bad.to_dict())
     assert not any(checked.problem for checked in verify(cache))
-    assert len(prune(cache, kinds=frozenset({"leftover"})).removed) == LEFT["leftover"] + 1
+    assert len(prune(cache, kinds=frozenset({"damaged"})).removed) == LEFT["damaged"] + 1
     assert not bad.moved_to.is_symlink()
     assert not bad.moved_to.exists()
 
@@ -440,6 +495,7 @@ def test_a_home_directory_named_as_the_cache_loses_nothing(tmp_path: Path) -> No
         "v1/kernel/notes.txt", "v1/logs/app.log", "v1/ccache/letter.txt", f"v1/blobs/{KEY}", "v1/blobs/sha256/x",
         f"v2/kernel/{KEY}/file", "kernel/x", "v1/.partial/x", "v1/kernel-build/object", "v1/locks/mine", "v1/tags/one",
         "blobs/sha256/x", "v1/kernel-source/linux/Makefile", "v1/accel/a.json", "v1/partial/ab",
+        "images/debian-12/manifest.json", "images/debian-12/oci-layout", "images/holiday.jpg",
     ]  # fmt: skip
     for name in mine:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from osbuild import limits as limits_table
 from osbuild import options
 from osbuild.errors import SpecError
+from osbuild.limits import Limits
 from osbuild.options import build_spec, disk_spec, image_of, limits, merged, read_config, registry_spec, rootfs_spec
 from osbuild.spec import DiskSpec
 
@@ -210,10 +214,28 @@ def test_words_that_mean_nothing_are_refused(reader: Any, words: dict[str, Any])
         reader(words)
 
 
-def test_a_wrong_limit_is_told_which_there_are() -> None:
-    with pytest.raises(SpecError) as caught:
-        limits({"limit": ["help"]})
-    assert "entries=" in caught.value.hint
+@pytest.mark.parametrize(
+    ("text", "says", "hint"),
+    [
+        ("entry=10", "no limit 'entry'", "did you mean entries?"),
+        ("xyz", "no limit 'xyz'", "--limit help lists them"),
+        ("entries=many", "--limit entries: 'many' is not a whole number", "entries=NUMBER"),
+        ("entries", "--limit entries: '' is not a whole number", "entries=NUMBER"),
+    ],
+)
+def test_a_wrong_limit_is_told_what_is_wrong_with_it(text: str, says: str, hint: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(says)) as caught:
+        limits({"limit": [text]})
+    assert hint in caught.value.hint
+
+
+def test_every_limit_says_of_what_it_is_and_in_which_unit() -> None:
+    assert set(limits_table.ABOUT) == {field.name for field in dataclasses.fields(Limits)}
+    assert limits_table.rows()[2][:3] == ("entries", "1000000", "entries")
+    for name, default, unit, of_what in limits_table.rows():
+        assert limits({"limit": [f"{name}={default}"]}) == Limits()
+        assert unit
+        assert of_what
 
 
 def test_a_source_may_hold_a_colon() -> None:

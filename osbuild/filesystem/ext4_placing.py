@@ -151,7 +151,7 @@ def _place_files(runs: Sequence[Run], cursor: int, start: int | None) -> tuple[i
     for run in small:
         run.first = 0
     # Of one size, the last stands first, and the first is taken first: from the end.
-    waiting = sorted(small[::-1], key=attrgetter("blocks")) if large else []
+    waiting = sorted(small, key=attrgetter("blocks"), reverse=True)[::-1] if large else []
     sizes = [run.blocks for run in waiting]
     for run in large:
         # A page of 2 MiB is 2 MiB of the file that start on such a boundary of the file and of the namespace.

@@ -51,6 +51,7 @@ class Count:
 
     seconds: float | None
     trouble: str = ""
+    over: float = 0.0  # it was still counting after so many seconds, when we stopped waiting
 
 
 def choose(wish: str, arch: Arch, qemu: Path, *, cache: Cache | None = None, device: Path = DEVICE) -> Accel:
@@ -90,13 +91,17 @@ def probe(arch: Arch, qemu: Path, *, cache: Cache | None = None, device: Path = 
 
 def decide(tcg: Count, kvm: Count) -> Accel:
     """KVM, if it counted and did so well before TCG."""
+    if kvm.over and tcg.seconds is not None:
+        told = f">{kvm.over:.2f} s against {tcg.seconds:.2f} s"
+        return Accel(name="tcg", reason=f"{DEVICE} is slower here than emulation ({told})")
     if kvm.seconds is None:
-        return Accel(name="tcg", reason=f"KVM failed at what takes TCG {_spell(tcg)}: {kvm.trouble}")
+        return Accel(name="tcg", reason=f"{DEVICE} ran no guest to its end: {kvm.trouble}")
     if tcg.seconds is None:
-        return Accel(name="kvm", reason=f"KVM counted in {_spell(kvm)}, and TCG not at all: {tcg.trouble}")
+        return Accel(name="kvm", reason=f"{DEVICE} works, and emulation does not: {tcg.trouble}")
+    told = f"{kvm.seconds:.2f} s against {tcg.seconds:.2f} s"
     if kvm.seconds * ADVANTAGE >= tcg.seconds:  # 0 and 0: neither was measured
-        return Accel(name="tcg", reason=f"KVM counted in {_spell(kvm)}, no better than TCG in {_spell(tcg)}")
-    return Accel(name="kvm", reason=f"KVM counted in {_spell(kvm)}, TCG in {_spell(tcg)}")
+        return Accel(name="tcg", reason=f"{DEVICE} is hardly faster here than emulation, or slower ({told})")
+    return Accel(name="kvm", reason=f"{DEVICE} is faster than emulation ({told})")
 
 
 def count(arch: Arch, qemu: Path, accel: str, *, patience: float = DEADLINE_SECONDS) -> Count:
@@ -146,7 +151,8 @@ def _listen(descriptor: int, patience: float) -> Count:
             return Count(seconds=now - began)
     if began is None:
         return Count(seconds=None, trouble=f"not one instruction was seen to run in {DEADLINE_SECONDS:g} s")
-    return Count(seconds=None, trouble=f"still counting after {time.monotonic() - began:.1f} s")
+    over = time.monotonic() - began
+    return Count(seconds=None, trouble=f"still counting after {over:.1f} s", over=over)
 
 
 def _obstacle(device: Path) -> str:
@@ -160,10 +166,6 @@ def _obstacle(device: Path) -> str:
             return f"{device} may not be opened by this user (who is not in the group that owns it)"
         return f"{device} does not open: {problem.strerror}"
     return ""
-
-
-def _spell(counted: Count) -> str:
-    return "an unknown time" if counted.seconds is None else f"{counted.seconds * 1000:.0f} ms"
 
 
 # --- What was measured holds until this machine boots again, or QEMU or the user are others ---------------------------
