@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import signal
 import sys
@@ -87,10 +88,16 @@ def _usage(problem: Any) -> SpecError:  # Any: see _UsageError
     else:
         said = said[:1].lower() + said[1:]
     said = said.partition(" (Possible options:")[0].rstrip(".")
-    near = [word for word in getattr(problem, "possibilities", None) or () if word.startswith("-")]
+    near = _near(problem)
     context = getattr(problem, "ctx", None)
     there = f"{context.command_path if context else 'osbuilder'} --help lists what there is"
-    return SpecError(said, hint=f"did you mean {' or '.join(near)}? {there}" if near else there)
+    return SpecError(said, hint=f"did you mean {near}? {there}" if near else there)
+
+
+def _near(problem: Any) -> str:
+    """The option that was meant, if that can be guessed."""
+    there = [word for word in getattr(problem, "possibilities", None) or () if word.startswith("-")]
+    return "".join(difflib.get_close_matches(getattr(problem, "option_name", ""), there, n=1))
 
 
 def _tell(error: OsbuilderError) -> int:

@@ -86,9 +86,9 @@ class Plan:
             work = Path(name)
             entries = list(_down(self.tree))
             (work / "proto").write_bytes(b"\n".join(_protofile(entries, work)) + b"\n")
-            made = work / "filesystem"
-            command.run(*_mkfs(made, work / "proto", self.uuid, self.size))
-            image = os.open(made, os.O_RDWR | os.O_CLOEXEC)
+            # In there, by names of ours: a protofile cannot say a path with a blank in it.
+            command.run(*_mkfs(self.uuid, self.size), cwd=work)
+            image = os.open(work / "filesystem", os.O_RDWR | os.O_CLOEXEC)
             try:
                 _settle(image, [entry for _, entry in entries], self.epoch)
                 _copy(image, descriptor, offset)
@@ -96,9 +96,9 @@ class Plan:
                 os.close(image)
 
 
-def _mkfs(out: Path, proto: Path, identity: str, size: int) -> Sequence[str]:
+def _mkfs(identity: str, size: int) -> Sequence[str]:
     return (
-        command.find("mkfs.xfs", package="xfsprogs"), "-q", "-p", str(proto), "-d", f"file,name={out},size={size}",
+        command.find("mkfs.xfs", package="xfsprogs"), "-q", "-p", "proto", "-d", f"file,name=filesystem,size={size}",
         "-m", f"uuid={identity},crc=1,reflink=0,rmapbt=0", "-i", f"size={_INODE}", "-b", f"size={BLOCK}",
     )  # fmt: skip
 
@@ -152,9 +152,8 @@ def _protofile(entries: Sequence[tuple[str, Entry]], work: Path) -> Iterator[byt
         depth = above
         words = [f"{_TYPES[stat.S_IFMT(entry.mode)]}--777 {serial} 0"]
         if entry.is_file:
-            body = work / str(serial)
-            _write_body(body, entry)
-            words.append(str(body))
+            _write_body(work / str(serial), entry)
+            words.append(str(serial))
         elif entry.is_symlink:
             words.append(entry.target)
         elif entry.is_device:
