@@ -53,7 +53,7 @@ def build_initrd(rootfs: Rootfs, out: Path, *, compress: str = "zstd") -> Initrd
             write(batch)
     file = File.of(out)
     held = [entry for entry in tree.values() if not stat.S_ISSOCK(entry.mode)]
-    needs = measure(tree, packed=file.size)
+    needs = measure(tree, packed=file.size, compress=compress)
     return Initrd(
         file=file,
         compression=compress,

@@ -8,6 +8,7 @@ A guest that has less loses files, those that get no inode without a word.
         2 x pages
         2 x 4 KiB for each name
         pages + their index + what inodes, names and paths take + what a running kernel and the agent take
+            + what the decompressor takes, which is at work while drivers start
 
 1/64 is struct page, 1/410 the tables that grow with memory. No word on the kernel command line is to make that less:
 initramfs_options=size=… (6.12.53 and later) or rootfstype=ramfs would, but Kata's runtimes give an initramfs no words,
@@ -33,6 +34,8 @@ _NAME: Final = 1536  # an inode, a name, and its place in the directory
 _LINKED: Final = 8192  # init/initramfs.c remembers the first of several paths until the end, and kmalloc rounds up
 _NODE: Final = 585  # of a file's index, for 64 pages; one page needs none
 _TIME: Final = 24  # beside each path of a directory
+# lib/decompress_unlz4.c has room for a block of 8 MiB and for it compressed; unzstd for our level's window and blocks.
+_DECOMPRESSOR: Final = {"zstd": 3 * _MIB, "gzip": _MIB // 8, "lz4": 17 * _MIB, "none": 0}
 _SHORT_LINK: Final = 127  # mm/shmem.c: a longer target takes a page
 
 
@@ -44,8 +47,8 @@ class Needs:
     memory: int  # bytes of a guest's memory without which it cannot be unpacked; whole mebibytes
 
 
-def measure(tree: Tree, *, packed: int) -> Needs:
-    """For a tree whose archive has `packed` bytes once compressed."""
+def measure(tree: Tree, *, packed: int, compress: str = "none") -> Needs:
+    """For a tree whose archive has `packed` bytes once compressed with `compress`, a name of initrd.COMPRESSIONS."""
     links = Counter(entry for entry in tree.values() if not S_ISSOCK(entry.mode))
     resident = kept = 0
     for entry, names in links.items():
@@ -53,7 +56,8 @@ def measure(tree: Tree, *, packed: int) -> Needs:
         resident += pages * _PAGE
         kept += names * _NAME + (names > 1) * _LINKED + (-(-pages // 64) + 1) * (pages > 1) * _NODE
     kept += sum(_remembered(path) for path, entry in tree.items() if entry.is_dir)
-    space = max(2 * resident, 2 * _PAGE * links.total(), resident + kept + _RUNNING)
+    running = _RUNNING + _DECOMPRESSOR[compress]
+    space = max(2 * resident, 2 * _PAGE * links.total(), resident + kept + running)
     needed = (KERNEL + packed + space) * 2048 // 2011
     if needed > _LOW - _BOUNCE:
         needed += _BOUNCE

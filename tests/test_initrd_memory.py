@@ -179,6 +179,13 @@ def test_a_file_with_several_names_takes_more_than_files_with_one() -> None:
     assert needed(*files, *files) > needed(*files, *[symlink("t")] * 20_000) + 40 * MIB
 
 
+def test_the_decompressor_counts_where_the_files_are_few() -> None:
+    tree = Tree({"/": directory(), "/a": regular(bytes(MIB))})
+    by = {kind: measure(tree, packed=0, compress=kind).memory for kind in COMPRESSIONS}
+    assert by["none"] <= by["gzip"] < by["zstd"] < by["lz4"]
+    assert by["lz4"] - by["none"] == pytest.approx(17 * MIB, abs=MIB)
+
+
 def test_sockets_take_nothing() -> None:
     assert needed(*[Entry(mode=stat.S_IFSOCK)] * 50_000) == needed()
 
