@@ -98,6 +98,7 @@ def rootfs(
     JSON: {"digest": …, "config": …, "entries": {path: …}}.
     """
     from osbuild import listing, pipeline
+    from osbuild.sources import check_apart
     from osbuild.tar_writer import archive
 
     if render:
@@ -107,6 +108,8 @@ def rootfs(
         results.check_tar(tar)
     show = console.Show(quiet=quiet)
     spec = build_spec(_image(image, words, show), Path(), words, smoke=False)
+    if tar is not None and str(tar) != "-":
+        check_apart(spec.image, tar)
     source = pipeline.open_source(spec, default_cache(), show)
     if explain:
         rules = pipeline.explain_rootfs(spec, source, default_cache())
@@ -138,10 +141,12 @@ def image(
     Kata's kernel_verity_params.
     """
     from osbuild import manifest, pipeline
+    from osbuild.sources import check_apart
 
     show = console.Show(quiet=quiet)
     check_output(out)
     spec = build_spec(_image(image, words, show), out.parent, words, kinds=("image",), smoke=False)
+    check_apart(spec.image, out)
     pipeline.check_host(spec.disk)
     disk = pipeline.make_image(spec, pipeline.open_rootfs(spec, default_cache(), show), out, show)
     _print_file(disk.file, manifest.about_disk(disk) | {"words": list(disk.words)}, as_json=as_json)
@@ -156,10 +161,12 @@ def initrd(
 ) -> None:
     """Only the initramfs, with the agent in it."""
     from osbuild import pipeline
+    from osbuild.sources import check_apart
 
     show = console.Show(quiet=quiet)
     check_output(out)
     spec = build_spec(_image(image, words, show), out.parent, words, kinds=("initrd",), smoke=False)
+    check_apart(spec.image, out)
     made = pipeline.make_initrd(spec, pipeline.open_rootfs(spec, default_cache(), show), out, show)
     about = {"compression": made.compression, "unpacked": made.unpacked, "memory": made.memory}
     _print_file(made.file, about, as_json=as_json)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from osbuild.content import Sparse
-from osbuild.disk_layout import DiskLayout, Mbr
+from osbuild.disk_layout import DiskLayout, Mbr, Partition
 from osbuild.filesystem import Volume
 from osbuild.filesystem.base import Place
 from osbuild.landmarks import DERIVED, Landmarks, Spot
-from osbuild.subject import Filesystem, Subject, called, open_subject
+from osbuild.subject import QCOW2, Filesystem, Subject, called, open_subject
 from osbuild.tree import Backing, Content, Entry, Slice, Tree, quote
 
 MOST: Final = 20
@@ -81,6 +81,11 @@ def compare(first: Path, second: Path, most: int = MOST) -> Comparison:
         for name, subject in (("the first", one), ("the second", two))
         for problem in _problems(subject)[:3]
     ]
+    notes += [
+        f"{name} is a qcow2 image, and nobody looked inside: qemu-img convert -O raw makes what can be read"
+        for name, subject in (("the first", one), ("the second", two))
+        if subject.kind == QCOW2
+    ]
     if one.kind != two.kind and one.tree is not None and two.tree is not None:
         notes.append("files of different kinds: only their trees are compared, and what an initramfs holds of them")
         found = _trees("", one.tree, two.tree, {}, {}, plain="initramfs" in (one.kind, two.kind))
@@ -106,11 +111,11 @@ def _same_bytes(one: Backing, two: Backing) -> bool:
     return one.size == two.size and next(_chunks(one, two, 0, one.size), None) is None
 
 
-def _chunks(one: Backing, two: Backing, start: int, end: int) -> Iterator[tuple[int, bytes, bytes]]:
-    """Offset and bytes of every block in which two files differ."""
+def _chunks(one: Backing, two: Backing, start: int, end: int, shift: int = 0) -> Iterator[tuple[int, bytes, bytes]]:
+    """Offset and bytes of every block in which two files differ; what they have in common lies `shift` further on."""
     for at in range(start, end, _CHUNK):
         length = min(_CHUNK, end - at)
-        first, second = one.read(at, length), two.read(at, length)
+        first, second = one.read(at, length), two.read(at + shift, length)
         if first == second:
             continue
         for inner in range(0, length, _BLOCK):
@@ -142,6 +147,11 @@ class _Pair:
 
     def _named(self) -> Iterator[Difference]:
         one, two = self._one, self._two
+        if one.kind != two.kind:
+            yield Difference(where="", field="kind", values=(one.kind, two.kind))
+        if one.virtual_size != two.virtual_size and one.kind == two.kind:
+            values = (str(one.virtual_size), str(two.virtual_size))
+            yield Difference(where="", field="size of the disk", values=values)
         if one.backing.size != two.backing.size and one.archive is None:
             yield Difference(where="", field="size", values=(str(one.backing.size), str(two.backing.size)))
         if one.layout is not None and two.layout is not None:
@@ -165,17 +175,18 @@ class _Pair:
         names = Landmarks(one), Landmarks(two)
         told: set[tuple[str, str, str]] = set()
         waiting: list[Difference] = []  # what follows from something else
-        for at, first, second in _chunks(one.backing, two.backing, 0, min(one.backing.size, two.backing.size)):
-            for offset, spot in _spots(names, at, first, second):
-                key = (spot.where, spot.subject, spot.field)
-                if key in told or self._is_explained(spot):
-                    continue
-                told.add(key)
-                if spot.follows:
-                    waiting.append(self._told(spot, offset))
-                    continue
-                self._count += 1
-                yield self._told(spot, offset)
+        for start, end, shift in _counterparts(one.layout, two.layout):
+            for at, first, second in _chunks(one.backing, two.backing, start, end, shift):
+                for offset, spot in _spots(names, at, first, second, shift):
+                    key = (spot.where, spot.subject, spot.field)
+                    if key in told or self._is_explained(spot):
+                        continue
+                    told.add(key)
+                    if spot.follows:
+                        waiting.append(self._told(spot, offset, shift))
+                        continue
+                    self._count += 1
+                    yield self._told(spot, offset, shift)
         if not self._count:
             yield from waiting
             self._count += len(waiting)
@@ -188,12 +199,15 @@ class _Pair:
             return spot.field in fields
         return spot.field in _SAID_BEFORE or not fields.isdisjoint(_ONLY)
 
-    def _told(self, spot: Spot, offset: int) -> Difference:
+    def _told(self, spot: Spot, offset: int, shift: int) -> Difference:
         size = spot.end - spot.start
         if not spot.field or size > 2 * _NUMBER:
-            words = f"{spot.field or 'bytes'} differ{'s' * bool(spot.field)} at offset {offset} of the file"
+            place = f"offset {offset} of the file"
+            if shift:
+                place = f"offset {offset} of the first file, {offset + shift} of the second"
+            words = f"{spot.field or 'bytes'} differ{'s' * bool(spot.field)} at {place}"
             return Difference(where=spot.where, subject=spot.subject, field=words)
-        first, second = (each.backing.read(spot.start, size) for each in (self._one, self._two))
+        first, second = self._one.backing.read(spot.start, size), self._two.backing.read(spot.start + shift, size)
         values = (_spelled(first), _spelled(second))
         return Difference(where=spot.where, subject=spot.subject, field=spot.field, values=values)
 
@@ -202,6 +216,33 @@ class _Pair:
         at, first, second = next(_chunks(one, two, 0, min(one.size, two.size)), (0, b"", b""))
         place = next((index for index, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), 0)
         yield Difference(where="", field=f"bytes differ first at offset {at + place} of the file")
+
+
+def _counterparts(one: DiskLayout, two: DiskLayout) -> Iterator[tuple[int, int, int]]:
+    """(start, end, shift): bytes of the first file, and how much further on in the second their counterparts lie.
+
+    Partitions are held against each other wherever each begins, unless what is in them is of different kinds; what is
+    between two partitions, against the same gap in the other file.
+    """
+    ends = 0, 0
+    for first, second in _paired(one, two):
+        # Headers in a gap have been compared by their fields already; here it is about the bytes around them.
+        yield ends[0], min(first.start, ends[0] + second.start - ends[1]), ends[1] - ends[0]
+        if first.kind == second.kind:
+            yield first.start, first.start + min(first.size, second.size), second.start - first.start
+        ends = first.start + first.size, second.start + second.size
+    yield ends[0], min(one.size, ends[0] + two.size - ends[1]), ends[1] - ends[0]
+
+
+def _paired(one: DiskLayout, two: DiskLayout) -> Iterator[tuple[Partition, Partition]]:
+    """The partitions that both have, in the order in which they lie."""
+    others = {part.number: part for part in two.partitions}
+    ends = 0, 0
+    for part in sorted(one.partitions, key=lambda part: part.start):
+        other = others.get(part.number)
+        if other is not None and part.start >= ends[0] and other.start >= ends[1]:
+            yield part, other
+            ends = part.start + part.size, other.start + other.size
 
 
 def _spelled(data: bytes) -> str:
@@ -420,8 +461,10 @@ def _extents(place: Place) -> str:
     return (shown + (", …" if len(place.extents) > 3 else "")) or "nowhere"
 
 
-def _spots(names: tuple[Landmarks, Landmarks], at: int, first: bytes, second: bytes) -> Iterator[tuple[int, Spot]]:
-    """Offset and name of everything that has a differing byte in one block."""
+def _spots(
+    names: tuple[Landmarks, Landmarks], at: int, first: bytes, second: bytes, shift: int
+) -> Iterator[tuple[int, Spot]]:
+    """Offset and name of everything that has a differing byte in one block; offsets are those of the first file."""
     index, end = 0, min(len(first), len(second))
     while index < end:
         if first[index] == second[index]:
@@ -429,8 +472,9 @@ def _spots(names: tuple[Landmarks, Landmarks], at: int, first: bytes, second: by
             continue
         spot = names[0].name(at + index)
         if spot.vague:
-            other = names[1].name(at + index)
-            spot = spot if other.vague else replace(other, end=min(spot.end, other.end))
+            other = names[1].name(at + index + shift)
+            if not other.vague:
+                spot = replace(other, start=other.start - shift, end=min(spot.end, other.end - shift))
         yield at + index, spot
         index = max(index + 1, spot.end - at)
 

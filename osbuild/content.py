@@ -91,10 +91,10 @@ class Spool:
             length -= len(data)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def take(self, source: int, size: int) -> None:
-        """Add the first bytes of another open file; InputError when it has fewer."""
+    def take(self, source: int, size: int, start: int = 0) -> None:
+        """Add so many bytes of another open file; InputError when it has fewer."""
         with self._room():
-            copy_range(source, 0, size, self.descriptor, self.size)
+            copy_range(source, start, size, self.descriptor, self.size)
         self.size += size
 
     def check(self) -> None:
@@ -175,6 +175,22 @@ def copy_range(source: int, start: int, size: int, target: int, offset: int) -> 
             write_all(target, data, offset)
             done = len(data)
         start, offset, size = start + done, offset + done, size - done
+
+
+def stretches(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Offset and bytes of what is no hole in the first `size` bytes of an open file, as its file system tells it."""
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(descriptor, at, os.SEEK_DATA)
+            end = os.lseek(descriptor, start, os.SEEK_HOLE)
+        except OSError as problem:
+            if problem.errno != errno.ENXIO:  # else there is nothing but a hole until the end
+                yield at, size - at
+            return
+        if start < size:
+            yield start, min(end, size) - start
+        at = end
 
 
 def write_all(descriptor: int, data: bytes | bytearray, offset: int) -> None:

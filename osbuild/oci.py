@@ -20,8 +20,8 @@ JSON_MAX: Final = 4 << 20  # bytes of a manifest, index or config
 _JSON_DEPTH: Final = 100
 
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}\Z")
-_STRING: Final = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_STRUCTURE: Final = re.compile(rb"[\[\]{}]")
+# Brackets, and strings whole. A string may be cut off: so none of it is ever tried as the start of another one.
+_STRUCTURE: Final = re.compile(r'[\[\]{}]|"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _REPOSITORY: Final = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*\Z")
 _HOST: Final = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?\Z")
 _TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")
@@ -295,22 +295,39 @@ def check_digest(text: object, where: str) -> str:
 
 def parse_json(data: bytes, where: str) -> Json:
     """A JSON object of bounded size and depth."""
-    if len(data) > JSON_MAX:
-        raise InputError(f"{where}: {len(data)} bytes of JSON are more than {JSON_MAX}")
-    # The parser recurses, so brackets are counted before it starts; those inside strings are none.
-    depth = most = 0
-    for bracket in _STRUCTURE.findall(_STRING.sub(b"", data)):
-        depth += 1 if bracket in b"[{" else -1
-        most = max(most, depth)
-    if most > _JSON_DEPTH:
-        raise InputError(f"{where}: JSON nested more than {_JSON_DEPTH} deep")
-    try:
-        value = json.loads(data)
-    except ValueError as problem:
-        raise InputError(f"{where}: not JSON: {problem}") from None
+    value = _parsed(data, where)
     if not isinstance(value, dict):
         raise InputError(f"{where}: not a JSON object")
     return value
+
+
+def parse_json_objects(data: bytes, where: str) -> list[Json]:
+    """A JSON list of objects, of bounded size and depth."""
+    value = _parsed(data, where)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise InputError(f"{where}: not a list of JSON objects")
+    return value
+
+
+def _parsed(data: bytes, where: str) -> object:
+    """JSON as RFC 8259 has it between machines: in UTF-8 and nothing else, whatever json.loads would make of it."""
+    if len(data) > JSON_MAX:
+        raise InputError(f"{where}: {len(data)} bytes of JSON are more than {JSON_MAX}")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as problem:
+        raise InputError(f"{where}: not JSON: byte {problem.start} is no UTF-8") from None
+    # The parser recurses, so brackets are counted before it starts; those inside strings are none.
+    depth = 0
+    for found in _STRUCTURE.finditer(text):
+        mark = text[found.start()]
+        depth += 1 if mark in "[{" else -1 if mark in "]}" else 0
+        if depth > _JSON_DEPTH:
+            raise InputError(f"{where}: JSON nested more than {_JSON_DEPTH} deep")
+    try:
+        return json.loads(text)
+    except ValueError as problem:
+        raise InputError(f"{where}: not JSON: {problem}") from None
 
 
 def parse_descriptor(value: object, where: str) -> Descriptor:

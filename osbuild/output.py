@@ -183,6 +183,8 @@ def digest(descriptor: int) -> str:
 
 def check_output(path: Path) -> None:
     """What can be said before any work whether a file may be written there."""
+    if str(path) == "-":
+        raise SpecError("only a tar can go to standard output (rootfs --tar -)", hint="name a file")
     try:
         found = path.lstat()
     except FileNotFoundError:

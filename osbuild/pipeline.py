@@ -27,7 +27,7 @@ from osbuild.report import Report, SmokeReport, Verdict
 from osbuild.rootfs import Explained, assemble_rootfs, explain
 from osbuild.runtime import RUNTIMES
 from osbuild.runtime.base import Machine, least_memory
-from osbuild.sources import find_source, open_image
+from osbuild.sources import check_apart, find_source, open_image
 from osbuild.sources.image import SourceImage, Want
 from osbuild.spec import BuildSpec, DiskSpec, GuestSpec
 from osbuild.tree import Sparse, Tree
@@ -52,6 +52,7 @@ def build(spec: BuildSpec, cache: Cache, show: Show) -> Build:
 
     What an earlier build left in the directory goes when all of this one is there, not before.
     """
+    check_apart(spec.image, spec.out)
     with workspace(spec.out) as out:
         if spec.smoke:
             RUNTIMES[VMM].ready(spec.arch, spec.guest.accel)

@@ -16,7 +16,8 @@ from osbuild.filesystem import READERS, Volume
 from osbuild.kernel_file import KernelFile, read_kernel
 from osbuild.tree import Tree, quote
 
-_QCOW2: Final = b"QFI\xfb"
+QCOW2: Final = "qcow2 image"
+_QCOW2_MAGIC: Final = b"QFI\xfb"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ def open_subject(path: Path) -> Subject:
     except OSError as problem:
         raise InputError(f"cannot read {quote(str(path))}: {problem.strerror}") from None
     head = backing.read(0, 4096)
-    if head.startswith(_QCOW2):
+    if head.startswith(_QCOW2_MAGIC):
         return _qcow2(path, backing, head)
     kernel = read_kernel(backing)
     if kernel is not None:
@@ -116,5 +117,5 @@ def _qcow2(path: Path, backing: Borrowed, head: bytes) -> Subject:
     version, _, _, _, size = struct.unpack_from(">IQIIQ", head, 4)
     problems = () if version in (2, 3) else (f"a qcow2 image of the unknown version {version}",)
     return Subject(
-        path=path, backing=backing, kind="qcow2 image", virtual_size=size, problems=problems
+        path=path, backing=backing, kind=QCOW2, virtual_size=size, problems=problems
     )  # fmt: skip

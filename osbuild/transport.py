@@ -38,6 +38,7 @@ _PASSING: Final = frozenset((429, 500, 502, 503, 504))  # answers that another t
 _CHUNK: Final = 256 << 10
 _PROGRESS: Final = 1 << 20  # bytes after which a failure is the first again
 _TRIES_UNMET: Final = 2  # of a host that nobody has met: waiting makes no name known, and starts no server here
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]+(?::[0-9]*)?|\[[0-9A-Fa-f:.%A-Za-z0-9_-]+\](?::[0-9]*)?")
 _OTHER_WAYS: Final = "--mirror HOST=MIRROR, --offline, or an image as oci: or docker-archive:"
 
 
@@ -280,7 +281,9 @@ def parse_url(text: str, what: str) -> SplitResult:
         raise InputError(f"{what} is no address") from None
     if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
         place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-        raise InputError(f"{what} is {quote(place)}: not http(s)://HOST")
+        raise InputError(f"{what} is {quote(place[:200])}: not http(s)://HOST")
+    if not _HOST.fullmatch(parts.netloc):  # from here on it is looked up, and shown to people
+        raise InputError(f"{what} is at {quote(parts.netloc[:200])}, and no host can be called that")
     return parts
 
 

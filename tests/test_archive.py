@@ -19,7 +19,7 @@ from osbuild.errors import InputError
 from osbuild.layers import flatten
 from osbuild.sources import archive as module
 from osbuild.tree import Tree, regular
-from tests.layer_tools import layer, opened
+from tests.layer_tools import layer, old_sparse, opened
 from tests.test_sources import LAYERS, save
 
 
@@ -35,6 +35,18 @@ def saved(tmp_path: Path) -> Path:
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """No waiting until a file's time is old enough."""
     monkeypatch.setattr(module, "_SETTLED_SECONDS", -1.0)
+
+
+def test_a_layer_stored_as_a_sparse_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(sparse_manifest() + bytes(1024))
+    with pytest.raises(InputError, match=r"'manifest\.json' is stored as a sparse file"):
+        opened(f"docker-archive:{path}")
+
+
+def sparse_manifest() -> bytes:
+    """manifest.json as GNU tar's --sparse writes it, were it mostly holes."""
+    return old_sparse([(1024, 512)], 8192, name=b"manifest.json") + b"[".ljust(512)
 
 
 def kept(cache: Cache) -> list[Path]:

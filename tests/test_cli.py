@@ -175,6 +175,36 @@ def test_an_explanation_begins_with_what_was_changed(layout: Path) -> None:
     assert "1 more" not in said
 
 
+@pytest.mark.parametrize("command", ["image", "initrd", "build", "rootfs"])
+def test_what_is_read_is_never_written_to(command: str, layout: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.tar"
+    saved.write_bytes(b"not looked at")
+    (tmp_path / "alias").symlink_to(layout)
+    word = "--tar" if command == "rootfs" else "-o"
+    cases = [
+        (f"oci:{layout}", layout / "out"),
+        (f"dir:{layout}", tmp_path / "alias" / "new"),
+        (f"oci:{layout}", layout),
+    ]
+    if command != "build":
+        cases.append((f"docker-archive:{saved}", saved))
+    before = sorted(tmp_path.rglob("*"))
+    for source, out in cases:
+        ended = run(command, source, word, str(out))
+        assert ended.returncode == 2, ended.stderr
+        assert "what is read" in one_line(ended.stderr) or "not a regular file" in one_line(ended.stderr)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert saved.read_bytes() == b"not looked at"
+
+
+@pytest.mark.parametrize("command", ["image", "initrd"])
+def test_an_image_does_not_go_to_standard_output(command: str, layout: Path, tmp_path: Path) -> None:
+    ended = run(command, f"oci:{layout}", "-o", "-", cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "standard output" in one_line(ended.stderr)
+    assert not (tmp_path / "-").exists()
+
+
 def test_a_bad_source_date_epoch_is_refused(layout: Path, tmp_path: Path) -> None:
     done = run("image", f"oci:{layout}", "-o", str(tmp_path / "i"), env={"SOURCE_DATE_EPOCH": "yesterday"})
     assert done.returncode == 2

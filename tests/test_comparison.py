@@ -163,6 +163,53 @@ def test_a_hash_tree_and_its_partition_are_said(tmp_path: Path) -> None:
     assert "MBR 1: partition 2: only in the second" in told(found)
 
 
+@pytest.mark.parametrize("kind", ["ext4", "erofs"])
+def test_the_same_filesystem_at_another_place_is_the_same(kind: str, tmp_path: Path) -> None:
+    found = compare(image(tmp_path / "a", tree(), kind), image(tmp_path / "b", tree(), kind, header=False))
+    assert [line.partition(":")[0] for line in told(found)] == ["size", "MBR 1", "nd_pfn superblock", "MBR 2"]
+    assert any("3145728 and 1048576" in line for line in told(found))
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_one_byte_is_named_wherever_its_partition_begins(tmp_path: Path, *, hashed: bool) -> None:
+    first = image(tmp_path / "a", tree(), hashed=hashed)
+    second = image(tmp_path / "b", tree(), header=False, hashed=hashed)
+    for file, shift in ((first, 0), (second, -2 * MIB)):
+        before = file.read_bytes()
+        found = told(
+            compare(first, changed(second, MIB + 1024 + 52, b"\7"))
+            if file is second
+            else compare(changed(first, 3 * MIB + 1024 + 52, b"\7"), second)
+        )
+        assert found[-1] == f"partition 1 ext4: superblock: mnt_count: {'0 and 7' if shift else '7 and 0'}", found
+        file.write_bytes(before)
+    (at, size), *_ = open_subject(first).filesystems[0].volume.places["/bin/sh"].extents
+    found = told(compare(first, changed(second, MIB + at + size + 3, b"x")))
+    assert (
+        f"differ at offset {3 * MIB + at + size + 3} of the first file, {MIB + at + size + 3} of the second"
+        in found[-1]
+    )
+
+
+def test_filesystems_of_different_kinds_in_images_differ_by_their_trees(tmp_path: Path) -> None:
+    found = told(compare(image(tmp_path / "a", tree()), image(tmp_path / "b", tree(), "erofs")))
+    assert "partition 1: holds: ext4 and erofs" in found
+    assert not [line for line in found if "bytes differ" in line or "superblock" in line.removeprefix("nd_pfn")]
+
+
+@pytest.mark.parametrize("other", ["a disk", "another qcow2"])
+def test_of_a_qcow2_image_it_is_said_that_nobody_looked_inside(other: str, tmp_path: Path) -> None:
+    disk = image(tmp_path / "a", tree(), header=False)
+    command.run("qemu-img", "convert", "-O", "qcow2", str(disk), str(tmp_path / "b"))
+    first = disk
+    if other != "a disk":
+        first = tmp_path / "c"
+        command.run("qemu-img", "create", "-q", "-f", "qcow2", str(first), "1G")
+    found = compare(first, tmp_path / "b")
+    assert any("qemu-img convert -O raw" in note for note in found.notes)
+    assert any("kind: disk image and qcow2 image" in line or "size of the disk" in line for line in told(found))
+
+
 def changed(path: Path, at: int, data: bytes) -> Path:
     with path.open("r+b") as file:
         file.seek(at)

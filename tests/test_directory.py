@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from osbuild.errors import HostError, InputError
-from osbuild.tree import Spool
+from osbuild.limits import Limits
+from osbuild.tree import Sparse, Spool
 from tests.layer_tools import opened
 
 ROOT = os.geteuid() == 0
@@ -109,14 +110,52 @@ def test_what_may_not_be_read_is_the_hosts_fault(root: Path) -> None:
 def test_a_file_that_grows_while_it_is_read_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take = Spool.take
 
-    def take_and_grow(self: Spool, source: int, size: int) -> None:
-        take(self, source, size)
+    def take_and_grow(self: Spool, source: int, size: int, start: int = 0) -> None:
+        take(self, source, size, start)
         with (root / "etc/passwd").open("a") as file:
             file.write("more")
 
     monkeypatch.setattr(Spool, "take", take_and_grow)
     with pytest.raises(InputError, match="changed while it was read"):
         opened(f"dir:{root}")
+
+
+def test_holes_stay_holes(root: Path) -> None:
+    bodies = {
+        "holes": [(1 << 20, b"a"), (5 << 20, b"b" * 9000)],
+        "only a hole": [],
+        "tail": [(0, b"x")],
+        "none": [(0, b"y")],
+    }
+    sizes = {"holes": 1 << 30, "only a hole": 3 << 20, "tail": 1 << 20, "none": 1}
+    for name, pieces in bodies.items():
+        with (root / name).open("wb") as file:
+            file.truncate(sizes[name])
+            for at, data in pieces:
+                os.pwrite(file.fileno(), data, at)
+    if (root / "holes").stat().st_blocks > 1000:
+        pytest.skip("no holes in this file system")
+    tree = opened(f"dir:{root}").tree
+    stored = tree["/holes"].content
+    assert isinstance(stored, Sparse)
+    assert sum(size for _, _, size in stored.pieces) < 64 << 10
+    for name in ("only a hole", "tail", "none"):
+        assert b"".join(tree[f"/{name}"].content.chunks()) == (root / name).read_bytes()
+    at = 0
+    with (root / "holes").open("rb") as file:
+        for data in stored.chunks():
+            assert file.read(len(data)) == data
+            at += len(data)
+    assert at == 1 << 30
+
+
+def test_more_pieces_than_the_limit_are_refused(root: Path) -> None:
+    with (root / "holes").open("wb") as file:
+        for at in range(3):
+            os.pwrite(file.fileno(), b"x", (2 * at + 1) << 20)
+    with pytest.raises(InputError, match="more than 2 pieces") as caught:
+        opened(f"dir:{root}", limits=Limits(sparse_pieces=2))
+    assert "--limit" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["no", "file"])

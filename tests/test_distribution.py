@@ -184,6 +184,8 @@ LASTING: dict[str, tuple[Fault, type[OsbuilderError], str]] = {
     "redirected to the cloud's secrets": (redirect("http://169.254.169.254/latest"), InputError, "plain HTTP"),
     "redirected there over https": (redirect("https://0xA9FEA9FE/latest"), InputError, "no business"),
     "redirected with a password": (redirect("https://user:very@example.org/"), InputError, "not http"),
+    "redirected to a terminal's reset": (redirect("http://evil\x1bc.example/x"), InputError, r"'evil\\x1bc\.example'"),
+    "redirected to a C1 code": (redirect("https://evil\x9b2J.example/x"), InputError, r"'evil\\x9b2J\.example'"),
     "asked to wait an hour": (status(429, Retry_After="3600"), HostError, "asks to wait 3600 s"),
 }
 

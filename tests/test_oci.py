@@ -274,10 +274,15 @@ def test_an_odd_manifest_is_refused_by_its_rule(changes: dict[str, Any], rule: s
         (b"[1]", "not a JSON object"),
         (b"{", "not JSON"),
         (b'{"a":' + b"[" * 101 + b"]" * 101 + b"}", "nested"),
-        (b"\xff\xfe", "not JSON"),
+        (b"\xff\xfe", "not JSON: byte 0"),
+        ('{"a":"\u2200","b":'.encode("utf-16-le") + b"[\0" * 150_000, "not JSON"),
+        ('{"a":1}'.encode("utf-16"), "not JSON: byte 0"),
+        (b'{"a":"' + b'\\"' * 2_000_000, "not JSON: Unterminated"),
+        (b'{"a":"' + b'\\"' * 2_000_000 + b"\\", "not JSON: Unterminated"),
+        (b'{"a":' + b'"[' * 2_000_000, "nested"),
         (b" " * (oci.JSON_MAX + 1), "more than"),
     ],
-    ids=["a list", "cut", "deep", "no text", "huge"],
+    ids=["a list", "cut", "deep", "no text", "UTF-16, deep", "UTF-16", "quotes", "quotes, odd", "brackets", "huge"],
 )
 def test_json_is_bounded(data: bytes, rule: str) -> None:
     with pytest.raises(InputError, match=rule):
@@ -290,6 +295,13 @@ def test_json_is_bounded(data: bytes, rule: str) -> None:
 def test_a_config_without_layers_is_refused(rootfs: object) -> None:
     with pytest.raises(InputError, match="layers"):
         oci.parse_config(json.dumps({"rootfs": rootfs}).encode(), "here")
+
+
+@pytest.mark.parametrize("data", [b'{"a":1}', b"[1]", b'[{}],"b":[]', b"", b'["x",{}]'])
+def test_a_list_of_objects_is_one_and_nothing_besides(data: bytes) -> None:
+    assert oci.parse_json_objects(b'[{"a":1}, {}]', "here") == [{"a": 1}, {}]
+    with pytest.raises(InputError, match="here: not"):
+        oci.parse_json_objects(data, "here")
 
 
 def test_brackets_inside_strings_are_no_depth() -> None:

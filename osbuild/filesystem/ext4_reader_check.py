@@ -99,7 +99,9 @@ def _blocks(
                 continue
             wanted = checksum(superblock.seed, data[: superblock.per_group // 8]) if superblock.csum else 0
             yield from _bitmap_checksum(superblock, number, "block", group.block_bitmap_csum, wanted)
-            marked = int.from_bytes(data, "little") & mask
+            bits = int.from_bytes(data, "little")
+            yield from _padding(superblock, number, "block", bits, count)
+            marked = bits & mask
             free = count - marked.bit_count()
             yield from _marks(number, first, marked, mine)
         free_total += free
@@ -191,6 +193,14 @@ def _bitmap_checksum(superblock: Superblock, group: int, what: str, given: int, 
         yield f"group {group}: the checksum of its {what} bitmap is {given:#x}, its bytes give {wanted & mask:#x}"
 
 
+def _padding(superblock: Superblock, group: int, what: str, bits: int, count: int) -> Iterator[str]:
+    """What a bitmap's block has behind its last bit must be ones: nothing there is free."""
+    rest = superblock.block_size * 8 - count
+    lacking = rest - (bits >> count).bit_count()
+    if lacking:
+        yield f"group {group}: {lacking} of the {rest} bits behind the last of its {what} bitmap are not set"
+
+
 # Inodes
 
 
@@ -214,7 +224,9 @@ def _inodes(disk: Disk, superblock: Superblock, groups: list[Group], found: Mapp
                 continue
             wanted = checksum(superblock.seed, data[: per_group // 8]) if superblock.csum else 0
             yield from _bitmap_checksum(superblock, number, "inode", group.inode_bitmap_csum, wanted)
-            marked = int.from_bytes(data, "little") & (1 << per_group) - 1
+            bits = int.from_bytes(data, "little")
+            yield from _padding(superblock, number, "inode", bits, per_group)
+            marked = bits & (1 << per_group) - 1
         yield from _inode_marks(number, number * per_group + 1, marked, used.get(number, 0))
         free = per_group - marked.bit_count()
         free_total += free

@@ -39,6 +39,21 @@ def find_source(text: str) -> oci.Reference:
         raise
 
 
+def check_apart(text: str, out: Path) -> None:
+    """SpecError when writing there would destroy what is read, or become part of what is read the next time."""
+    reference = find_source(text)
+    if reference.transport not in ("docker-archive", "oci", "dir") or reference.name == "-":
+        return
+    try:
+        source, target = Path(reference.name).resolve(), out.resolve()
+        inside = target.is_relative_to(source)
+    except (OSError, RuntimeError, ValueError):  # whoever opens it will say what is wrong with it
+        return
+    if inside:
+        where = "is" if target == source else "is in"
+        raise SpecError(f"{quote(str(out))} {where} what is read, {quote(reference.name)}", hint="name another place")
+
+
 def open_image(text: str, want: Want) -> SourceImage:
     """The image that the user's words name, checked, and for the platform that was asked for."""
     reference = find_source(text)

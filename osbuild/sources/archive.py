@@ -108,14 +108,10 @@ def _layer(content: Slice, spool: Spool, diff_id: str, where: str, limits: Limit
 
 
 def _image_record(data: bytes, where: str) -> oci.Json:
-    # manifest.json is a list; as an object's member it gets the same size and depth checks as all other JSON.
-    images = oci.parse_json(b'{"images":' + data + b"}", where).get("images")
-    if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
-        raise InputError(f"{where}: manifest.json is no list of images")
+    images = oci.parse_json_objects(data, f"{where}: manifest.json")
     if len(images) != 1:
         raise InputError(f"{where}: {len(images)} images in one archive", hint="save one image at a time")
-    record: oci.Json = images[0]
-    return record
+    return images[0]
 
 
 def _name(value: object, where: str) -> str:

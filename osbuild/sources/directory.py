@@ -1,7 +1,7 @@
 """`dir:PATH`: a root filesystem that lies unpacked on this machine: provisioned by hand, by debootstrap, by dracut.
 
-Owners, modes, times, attributes and device numbers are what the directory has. File bodies are copied before anything
-else happens, so that what changes afterwards changes nothing here.
+Owners, modes, times, attributes, device numbers and holes are what the directory has. File bodies are copied
+before anything else happens, so that what changes afterwards changes nothing here.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from osbuild import oci
+from osbuild.content import Content, stretches
 from osbuild.errors import HostError, InputError
+from osbuild.limits import more
 from osbuild.sources.image import SourceImage, Want, unreadable
-from osbuild.tree import DEPTH_MAX, Entry, Slice, Spool, Tree, quote
+from osbuild.tree import DEPTH_MAX, Entry, Slice, Sparse, Spool, Tree, quote
 
 _MAJOR_MAX: Final = (1 << 12) - 1
 _MINOR_MAX: Final = (1 << 20) - 1
+_SECTOR: Final = 512  # what st_blocks counts
 
 
 def open_image(reference: oci.Reference, want: Want) -> SourceImage:
@@ -110,17 +113,33 @@ class _Reader:
             return Entry(**common, major=major, minor=minor)
         return Entry(**common)
 
-    def _content(self, path: str, found: os.stat_result) -> Slice:
+    def _content(self, path: str, found: os.stat_result) -> Content:
         with _said(path):
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._top)
         try:
-            start = self._spool.size
-            self._spool.take(handle, found.st_size)
+            content = self._copied(handle, found)
             if _mark(os.fstat(handle)) != _mark(found):
                 raise InputError(f"{quote('/' + path)} changed while it was read", hint="run again when it is at rest")
-            return Slice(self._spool, start, found.st_size)
+            return content
         finally:
             os.close(handle)
+
+    def _copied(self, handle: int, found: os.stat_result) -> Content:
+        size = found.st_size
+        most = self._want.limits.sparse_pieces
+        pieces: list[tuple[int, int, int]] = []
+        if found.st_blocks * _SECTOR < size:  # only then it can have holes
+            for at, length in stretches(handle, size):
+                if len(pieces) == most:
+                    raise InputError(f"more than {most} pieces in a sparse file", hint=more("sparse_pieces"))
+                pieces.append((at, self._spool.size, length))
+                self._spool.take(handle, length, at)
+            if not (len(pieces) == 1 and pieces[0][2] == size):
+                return Sparse(self._spool, size, tuple(pieces))
+            return Slice(self._spool, pieces[0][1], size)
+        start = self._spool.size
+        self._spool.take(handle, size)
+        return Slice(self._spool, start, size)
 
     def _xattrs(self, path: str) -> dict[str, bytes]:
         # The calls for attributes take no directory descriptor; /proc gives its children a path.

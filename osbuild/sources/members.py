@@ -91,6 +91,8 @@ class Members:
             if member is None:
                 raise InputError(f"{self._where}: {quote(name)} is not in the archive")
             if stat.S_ISREG(member.kind):
+                if member.pieces is not None:
+                    raise InputError(f"{self._where}: {quote(name)} is stored as a sparse file, which nobody writes so")
                 return Slice(self._backing, member.offset, member.size)
             if stat.S_ISLNK(member.kind):
                 path = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.link))

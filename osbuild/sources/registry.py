@@ -212,7 +212,7 @@ def is_index(data: bytes, said: str, where: str) -> bool:
     if said in (oci.MANIFEST_TYPES if index else oci.INDEX_TYPES):
         raise InputError(f"{where}: called {said}, but it is {'an index' if index else 'a manifest'}")
     config, artifact = document.get("config"), document.get("artifactType")
-    if artifact and not (isinstance(config, dict) and config.get("mediaType") in oci.CONFIG_TYPES):
+    if artifact and not (isinstance(config, dict) and str(config.get("mediaType")) in oci.CONFIG_TYPES):
         raise InputError(f"{where}: an artifact of type {quote(str(artifact)[:100])}, not an image")
     return index
 
