@@ -3,7 +3,7 @@
 
 #include "clock.h"
 #include "container.h"
-#include "hooks.h"
+#include "sandbox_hooks.h"
 #include "hotplug.h"
 #include "log.h"
 #include "program.h"

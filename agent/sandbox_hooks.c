@@ -1,5 +1,5 @@
 #define _GNU_SOURCE
-#include "hooks.h"
+#include "sandbox_hooks.h"
 
 #include "log.h"
 #include "program.h"

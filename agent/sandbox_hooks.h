@@ -1,6 +1,6 @@
 /* The guest's own hooks: programs in its image that run when containers begin and end. */
-#ifndef AGENT_HOOKS_H
-#define AGENT_HOOKS_H
+#ifndef AGENT_SANDBOX_HOOKS_H
+#define AGENT_SANDBOX_HOOKS_H
 
 #include "sandbox.h"
 
