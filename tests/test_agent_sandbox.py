@@ -238,5 +238,3 @@ def test_a_guest_has_the_time_and_the_randomness_it_is_given(
         client.destroy_sandbox()
     console = (tmp_path / "guest" / "console.log").read_text()
     assert '"ts":"2009-02-13T23:31:3' in console, "the lines of the log are dated by the clock that was set"
-
-
