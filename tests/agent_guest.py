@@ -85,9 +85,11 @@ def _remove(cgroup: Path) -> None:
 
 
 @contextlib.contextmanager
-def booted(kernel: Kernel, root: Initrd, work: Path, *, memory_mib: int = 256, cpus: int = 1) -> Iterator[AgentClient]:
+def booted(
+    kernel: Kernel, root: Initrd, work: Path, *, memory_mib: int = 256, cpus: int = 1, words: tuple[str, ...] = ()
+) -> Iterator[AgentClient]:
     """The agent as PID 1 of a guest; the console is work/console.log."""
-    machine = Machine(kernel=kernel, root=root, memory_mib=memory_mib, cpus=cpus, accel="tcg")
+    machine = Machine(kernel=kernel, root=root, memory_mib=memory_mib, cpus=cpus, accel="tcg", words=words)
     work.mkdir(exist_ok=True)
     with RUNTIMES["qemu"].start(machine, work) as guest, _connected(guest) as connection:
         client = AgentClient(connection)

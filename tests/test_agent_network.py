@@ -239,7 +239,7 @@ def test_the_kernels_own_words_reach_the_host(network: Network) -> None:
 
 
 def test_a_pci_device_that_does_not_come_is_named_when_the_time_is_over(network: Network) -> None:
-    with pytest.raises(ttrpc.StatusError, match="waited in vain for a .*device on PCI at 1e/1f") as refused:
+    with pytest.raises(ttrpc.StatusError, match="waited in vain for a device on PCI at 1e/1f") as refused:
         network.update(devicePath="1e/1f")
     assert refused.value.code == INTERNAL
 
