@@ -221,7 +221,8 @@ struct optional_u32 {
     X(reseed_random_dev_request, "grpc.ReseedRandomDevRequest") X(guest_details_request, "grpc.GuestDetailsRequest") \
     X(mem_hotplug_by_probe_request, "grpc.MemHotplugByProbeRequest") \
     X(set_guest_date_time_request, "grpc.SetGuestDateTimeRequest") X(copy_file_request, "grpc.CopyFileRequest") \
-    X(add_swap_request, "grpc.AddSwapRequest") X(add_swap_path_request, "grpc.AddSwapPathRequest") X(volume_stats_request, "grpc.VolumeStatsRequest") \
+    X(add_swap_request, "grpc.AddSwapRequest") X(add_swap_path_request, "grpc.AddSwapPathRequest") \
+    X(volume_stats_request, "grpc.VolumeStatsRequest") \
     X(check_request, "grpc.CheckRequest")
 
 #define MESSAGE_FIELD(type, number, KIND, name) MESSAGE_C_##KIND name;

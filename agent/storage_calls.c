@@ -2,6 +2,7 @@
 #include "device.h"
 #include "log.h"
 #include "mount_options.h"
+#include "mountinfo.h"
 #include "place.h"
 #include "storage.h"
 #include "storage_drivers.h"
@@ -9,7 +10,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/magic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -168,12 +168,12 @@ static enum ttrpc_status remove_stale_mounts(struct ttrpc_call *call)
     }
     char *line = NULL;
     size_t size = 0;
-    char place[PLACE_SIZE];
+    struct mountinfo mount;
     struct stat status;
     while (getline(&line, &size, mounts) > 0)
-        if (sscanf(line, "%*s %*s %*s %*s %4095s", place) == 1 && place_is_below(place, SHARED))
-            LOG(LOG_DEBUG, SUBSYSTEM, "looked at a shared mount", LOG_STRING("place", place),
-                LOG_BOOL("there", lstat(place, &status) == 0));
+        if (mountinfo_split(line, &mount) && place_is_below(mount.target, SHARED))
+            LOG(LOG_DEBUG, SUBSYSTEM, "looked at a shared mount", LOG_STRING("place", mount.target),
+                LOG_BOOL("there", lstat(mount.target, &status) == 0));
     free(line);
     fclose(mounts);
     return TTRPC_OK;

@@ -23,7 +23,8 @@ from osbuild.runtime.base import Guest, Machine
 _SECONDS: Final = 20.0
 _UNIFIED: Final = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))  # where a host has cgroup version 2
 # $1: the program; $2: its socket; $3: a directory of cgroup version 2. What the agent touches is its own: mounts,
-# processes, network, names, cgroups. What has no namespace it may not touch: clock, modules, power.
+# processes, network, names, cgroups. What has no namespace it may not touch: clock, modules, power,
+# /sys.
 _CONTAIN: Final = """
 set -e
 mkdir -p "$3"
@@ -31,6 +32,7 @@ echo $$ > "$3/cgroup.procs"
 exec unshare --mount --pid --net --ipc --uts --cgroup --fork --kill-child --mount-proc sh -c '
   mount -t tmpfs tmpfs /run
   mount -t tmpfs tmpfs /var/tmp
+  mount -o remount,bind,ro /sys
   mkdir -p /run/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup
   exec setpriv --bounding-set=-sys_time,-sys_module,-sys_boot "$0" --listen "unix:$1"' "$1" "$2"
 """
