@@ -23,7 +23,7 @@ from osbuild.runtime.base import Guest, Machine
 _SECONDS: Final = 20.0
 _UNIFIED: Final = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))  # where a host has cgroup version 2
 # $1: the program; $2: its socket; $3: a directory of cgroup version 2. What the agent touches is its own: mounts,
-# processes, network, names, cgroups.
+# processes, network, names, cgroups. What has no namespace it may not touch: clock, modules, power.
 _CONTAIN: Final = """
 set -e
 mkdir -p "$3"
@@ -32,7 +32,7 @@ exec unshare --mount --pid --net --ipc --uts --cgroup --fork --kill-child --moun
   mount -t tmpfs tmpfs /run
   mount -t tmpfs tmpfs /var/tmp
   mkdir -p /run/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup
-  exec "$0" --listen "unix:$1"' "$1" "$2"
+  exec setpriv --bounding-set=-sys_time,-sys_module,-sys_boot "$0" --listen "unix:$1"' "$1" "$2"
 """
 
 
@@ -62,6 +62,19 @@ def contained(program: Path, log: Path) -> Iterator[tuple[AgentClient, subproces
                 assert process.wait(timeout=_SECONDS) == 0, log.read_text()
         finally:
             _remove(cgroup)
+
+
+def agent_pid(process: subprocess.Popen[bytes]) -> int:
+    """The number that the agent of `contained` has on this host."""
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+
+
+def inside(process: subprocess.Popen[bytes], *argv: str) -> str:
+    """What a program prints that sees the mounts, the network and the names that the agent of `contained` sees."""
+    enter = ("nsenter", f"--target={agent_pid(process)}", "--mount", "--net", "--ipc", "--uts", "--pid")
+    done = subprocess.run((*enter, *argv), capture_output=True, text=True, timeout=_SECONDS, check=False)
+    assert done.returncode == 0, f"{' '.join(argv)} inside: {done.stderr}"
+    return done.stdout
 
 
 def _remove(cgroup: Path) -> None:
