@@ -102,14 +102,14 @@ def pluggable(kernel: Kernel, root: Initrd, work: Path, *words: str) -> Iterator
     with tempfile.TemporaryDirectory(prefix="plug-") as directory:
         agent, monitor = Path(directory) / "agent", Path(directory) / "monitor"
         argv = arguments(qemu.arguments(machine, console=console, agent=agent, accel=chosen.name), monitor)
-        with command.start(str(program), *argv, log=work / "qemu.log"):
-            with (
-                contextlib.closing(_connected(monitor, work / "qemu.log")) as qmp,
-                ttrpc.connect_unix(agent, _SECONDS) as connection,
-            ):
-                client = AgentClient(connection)
-                client.wait(_SECONDS)
-                yield Pluggable(qmp=qmp, client=client, console=console)
+        with (
+            command.start(str(program), *argv, log=work / "qemu.log"),
+            contextlib.closing(_connected(monitor, work / "qemu.log")) as qmp,
+            ttrpc.connect_unix(agent, _SECONDS) as connection,
+        ):
+            client = AgentClient(connection)
+            client.wait(_SECONDS)
+            yield Pluggable(qmp=qmp, client=client, console=console)
 
 
 def _connected(monitor: Path, log: Path) -> Qmp:
