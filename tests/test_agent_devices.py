@@ -161,8 +161,6 @@ def has(disks: Disks, *, shared: bool) -> None:
     disks.disk("function", "virtio-blk-pci,addr=0x14.0x1")
     disks.add("-device", "virtio-rng-pci,addr=0x14.0x0,multifunction=on,rng=entropy")
     disks.add("-device", "pcie-root-port,id=late-port,chassis=7,addr=0x12")
-    disks.add("-device", "pxb-pcie,id=numa,bus_nr=32,addr=0x16", "-device", "pcie-root-port,bus=numa,id=np,chassis=8")
-    disks.disk("numa", "virtio-blk-pci,bus=np")
     disks.add("-device", "virtio-scsi-pci,id=scsi,addr=0x13")
     disks.disk("scsi", "scsi-hd,bus=scsi.0,channel=0,scsi-id=3,lun=2")
     disks.image("late")
@@ -189,6 +187,9 @@ def has(disks: Disks, *, shared: bool) -> None:
             "-chardev", f"socket,id=fs,path={disks.path('fs.sock')}",
             "-device", "vhost-user-fs-pci,chardev=fs,tag=kataShared",
         )  # fmt: skip
+    # At the end: devices behind it that name no bus would be put on it.
+    disks.add("-device", "pxb-pcie,id=numa,bus_nr=32,addr=0x16", "-device", "pcie-root-port,bus=numa,id=np,chassis=8")
+    disks.disk("numa", "virtio-blk-pci,bus=np")
 
 
 @pytest.fixture(scope="module")
