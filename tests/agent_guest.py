@@ -23,8 +23,7 @@ from osbuild.runtime.base import Guest, Machine
 _SECONDS: Final = 60.0  # a busy machine is slow, and what fails must not fail by this
 _UNIFIED: Final = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))  # where a host has cgroup version 2
 # $1: the program; $2: its socket; $3: a directory of cgroup version 2. What the agent touches is its own: mounts,
-# processes, network, names, cgroups. What has no namespace it may not touch: clock, modules, power,
-# /sys.
+# processes, network, names, cgroups. What has no namespace it may not touch: clock, modules, power, /sys.
 _CONTAIN: Final = """
 set -e
 mkdir -p "$3"
@@ -88,10 +87,16 @@ def _remove(cgroup: Path) -> None:
 
 @contextlib.contextmanager
 def booted(
-    kernel: Kernel, root: Initrd | DiskImage, work: Path, *, memory_mib: int = 256, cpus: int = 1
+    kernel: Kernel,
+    root: Initrd | DiskImage,
+    work: Path,
+    *,
+    memory_mib: int = 256,
+    cpus: int = 1,
+    words: tuple[str, ...] = (),
 ) -> Iterator[AgentClient]:
     """The agent as PID 1 of a guest; the console is work/console.log."""
-    machine = Machine(kernel=kernel, root=root, memory_mib=memory_mib, cpus=cpus, accel="tcg")
+    machine = Machine(kernel=kernel, root=root, memory_mib=memory_mib, cpus=cpus, accel="tcg", words=words)
     work.mkdir(exist_ok=True)
     with RUNTIMES["qemu"].start(machine, work) as guest, _connected(guest) as connection:
         client = AgentClient(connection)
