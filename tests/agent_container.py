@@ -100,7 +100,11 @@ class Containers:
 
     def start(self, oci: Message, *, name: str = "", **fields: Any) -> str:
         name = self.create(oci, name=name, **fields)
-        self.call("StartContainer", container_id=name)
+        try:
+            self.call("StartContainer", container_id=name)
+        except ttrpc.StatusError:
+            self.remove(name)
+            raise
         return name
 
     def execute(self, name: str, *args: str, exec_id: str = "", **fields: Any) -> str:
