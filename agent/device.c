@@ -177,9 +177,8 @@ static bool enter_root_bus(unsigned long bus, char *path)
     return realpath(link, path) != NULL && ends_with(path, root);
 }
 
-static bool find_pci(const struct pci_path *pci, struct device_node *node)
+static bool find_pci(const struct pci_path *pci, char *path)
 {
-    char path[PLACE_SIZE];
     if (!enter_root_bus(pci->root, path))
         return false;
     for (size_t i = 0; i < pci->count; i++) {
@@ -188,10 +187,10 @@ static bool find_pci(const struct pci_path *pci, struct device_node *node)
         if (!descend(path, ends_with, step))
             return false;
     }
-    return descend(path, begins_with, "virtio") && name_node(path, node);
+    return true;
 }
 
-static enum ttrpc_status find_by_pci(const char *where, struct device_node *node, struct failure *failure)
+enum ttrpc_status device_find_pci(const char *where, char *directory, struct failure *failure)
 {
     static int64_t last_scan;
     struct pci_path path;
@@ -199,11 +198,25 @@ static enum ttrpc_status find_by_pci(const char *where, struct device_node *node
         failure_set(failure, TTRPC_INVALID_ARGUMENT, "no PCI path (02/01, slots in hexadecimal): %.100s", where);
         return failure->status;
     }
-    if (find_pci(&path, node))
+    if (find_pci(&path, directory))
         return TTRPC_OK;
     if (is_time(&last_scan))
         write_text("/sys/bus/pci/rescan", "1");
-    return find_pci(&path, node) ? TTRPC_OK : missing(failure, "PCI", where);
+    if (find_pci(&path, directory))
+        return TTRPC_OK;
+    failure_set(failure, TTRPC_INTERNAL, "waited in vain for a device on PCI at %.100s", where);
+    return TTRPC_LATER;
+}
+
+static enum ttrpc_status find_by_pci(const char *where, struct device_node *node, struct failure *failure)
+{
+    char directory[PLACE_SIZE];
+    enum ttrpc_status status = device_find_pci(where, directory, failure);
+    if (status != TTRPC_OK)
+        return status;
+    /* The device comes before its driver has found it. */
+    return descend(directory, begins_with, "virtio") && name_node(directory, node) ? TTRPC_OK
+                                                                                   : missing(failure, "PCI", where);
 }
 
 /* --- SCSI --- */

@@ -21,5 +21,7 @@ struct device_node {
 /* The block device of that kind at that place. TTRPC_LATER, and a failure for those who have waited long enough,
  * while there is none; the buses are told to look. One of the guest's root is refused. */
 enum ttrpc_status device_find(const char *kind, const char *where, struct device_node *node, struct failure *failure);
+/* The directory in /sys (PLACE_SIZE) of whatever is at a place on PCI; its driver may still be on its way to it. */
+enum ttrpc_status device_find_pci(const char *where, char *directory, struct failure *failure);
 
 #endif

@@ -2,6 +2,7 @@
 #include "overlay.h"
 
 #include "log.h"
+#include "tree.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -156,17 +157,15 @@ bool overlay_mount(const struct storage_driver *driver, const struct storage_req
 
 void overlay_clean(const char *owner)
 {
-    char bundle[PLACE_SIZE];
+    static const char *const names[] = {"upper", "work"};
     if (*owner == '\0' || strchr(owner, '/') != NULL)
         return;
-    snprintf(bundle, sizeof bundle, BUNDLES "/%.200s", owner);
-    int directory = place_open(AT_FDCWD, bundle, O_PATH | O_DIRECTORY);
-    if (directory < 0)
-        return;
-    if (!place_remove(directory, "upper") || !place_remove(directory, "work")) {
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        char path[PLACE_SIZE];
+        snprintf(path, sizeof path, BUNDLES "/%.200s/%s", owner, names[i]);
+        if (tree_remove(path))
+            continue;
         int number = errno;
-        LOG(LOG_WARN, "storage", "cannot remove what a container wrote", LOG_STRING("container", owner),
-            LOG_ERRNO(number));
+        LOG(LOG_WARN, "storage", "cannot remove what a container wrote", LOG_STRING("path", path), LOG_ERRNO(number));
     }
-    close(directory);
 }

@@ -1,7 +1,6 @@
 #define _GNU_SOURCE
 #include "place.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
@@ -12,11 +11,6 @@
 #include <unistd.h>
 
 #define VAR_RUN "/var/run"
-
-enum {
-    DEEPEST = 64, /* levels that are removed in one go */
-    MOST_ROUNDS = 1000,
-};
 
 static bool is_dots(const char *part, size_t length)
 {
@@ -106,55 +100,6 @@ int place_open_parent(const char *normal, const char **name)
     *name = slash + 1;
     snprintf(parent, sizeof parent, "%.*s", slash == normal ? 1 : (int)(slash - normal), normal);
     return place_open(AT_FDCWD, parent, O_PATH | O_DIRECTORY);
-}
-
-/* Empty a directory. What is deeper than `depth` is moved up to `top`, so that no tree is too deep for us. */
-static bool empty(int top, int directory, int depth)
-{
-    int readable = openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    DIR *entries = readable < 0 ? NULL : fdopendir(readable);
-    if (entries == NULL) {
-        if (readable >= 0)
-            close(readable);
-        return false;
-    }
-    static unsigned long moved;
-    struct dirent *entry;
-    while ((entry = readdir(entries)) != NULL) {
-        const char *name = entry->d_name;
-        if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0 || unlinkat(directory, name, 0) == 0)
-            continue;
-        if (depth == 0) {
-            char spare[40];
-            snprintf(spare, sizeof spare, ".deep-%lu", moved++);
-            renameat(directory, name, top, spare);
-            continue;
-        }
-        int below = openat(directory, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-        if (below < 0)
-            continue;
-        empty(top, below, depth - 1);
-        close(below);
-        unlinkat(directory, name, AT_REMOVEDIR);
-    }
-    closedir(entries);
-    return true;
-}
-
-bool place_remove(int parent, const char *name)
-{
-    if (unlinkat(parent, name, 0) == 0 || errno == ENOENT)
-        return true;
-    int top = openat(parent, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    if (top < 0)
-        return false;
-    bool gone = false;
-    for (int i = 0; i < MOST_ROUNDS && !gone && empty(top, top, DEEPEST); i++)
-        gone = unlinkat(parent, name, AT_REMOVEDIR) == 0;
-    int number = errno;
-    close(top);
-    errno = number;
-    return gone;
 }
 
 struct place_name place_name(int descriptor)

@@ -23,10 +23,6 @@ int place_make(const char *normal, mode_t mode, bool *made);
 /* The parent of a normal path, as an O_PATH descriptor, and the last part. */
 int place_open_parent(const char *normal, const char **name);
 
-/* Remove what is there, with all that is below it; mounts stay, and what they are on. False and errno: not all is
- * gone. */
-bool place_remove(int parent, const char *name);
-
 /* How a path is spelled that is open as a descriptor: mount(2) and others take no descriptors. */
 struct place_name {
     char text[64];

@@ -1,10 +1,8 @@
 #define _GNU_SOURCE
 #include "sandbox.h"
 
-#include "clock.h"
 #include "container.h"
 #include "sandbox_hooks.h"
-#include "hotplug.h"
 #include "log.h"
 #include "program.h"
 #include "shared.h"
@@ -195,13 +193,10 @@ static enum ttrpc_status create_sandbox(struct ttrpc_call *call)
     }
     enum ttrpc_status status =
         storage_mount(request.storages.items, request.storages.count, "", &call->failure);
-    if (status == TTRPC_LATER) {
-        int64_t limit = call->since + hotplug_timeout_ms();
-        if (clock_ms() < limit)
-            return ttrpc_later(call, hotplug_subject, limit);
-        failure_set(&call->failure, TTRPC_INTERNAL, "the device of a storage did not come within %lld ms",
-                    (long long)hotplug_timeout_ms());
-    }
+    if (status == TTRPC_LATER)
+        status = storage_later(call);
+    if (status == TTRPC_LATER)
+        return status;
     if (status == TTRPC_OK && finish(&request, &call->failure))
         return TTRPC_OK;
     status = call->failure.status;

@@ -111,6 +111,7 @@ static void ended(struct child *child, int status)
 static _Noreturn void give_all(int root, const struct group_rule *rule)
 {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
+    prctl(PR_SET_NAME, "volume");
     _exit(give(root, ".", rule, DEEPEST));
 }
 
@@ -164,6 +165,7 @@ void volume_forget(struct volume_gift *gift)
     child_remove(&gift->child);
     kill(gift->child.pid, SIGKILL);
     gift->running = false;
+    ttrpc_wake(hotplug_subject); /* whoever waits for it has to see that it is gone */
 }
 
 bool volume_give_directory(const char *place, long mode, long group, struct failure *failure)

@@ -23,7 +23,8 @@ from osbuild.runtime.base import Guest, Machine
 _SECONDS: Final = 20.0
 _UNIFIED: Final = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))  # where a host has cgroup version 2
 # $1: the program; $2: its socket; $3: a directory of cgroup version 2. What the agent touches is its own: mounts,
-# processes, network, names, cgroups. What has no namespace it may not touch: clock, modules, power.
+# processes, network, names, cgroups. What has no namespace it may not touch: clock, modules, power,
+# /sys.
 _CONTAIN: Final = """
 set -e
 mkdir -p "$3"
@@ -31,6 +32,7 @@ echo $$ > "$3/cgroup.procs"
 exec unshare --mount --pid --net --ipc --uts --cgroup --fork --kill-child --mount-proc sh -c '
   mount -t tmpfs tmpfs /run
   mount -t tmpfs tmpfs /var/tmp
+  mount -o remount,bind,ro /sys
   mkdir -p /run/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup
   exec setpriv --bounding-set=-sys_time,-sys_module,-sys_boot "$0" --listen "unix:$1"' "$1" "$2"
 """
@@ -85,9 +87,11 @@ def _remove(cgroup: Path) -> None:
 
 
 @contextlib.contextmanager
-def booted(kernel: Kernel, root: Initrd, work: Path, *, memory_mib: int = 256, cpus: int = 1) -> Iterator[AgentClient]:
+def booted(
+    kernel: Kernel, root: Initrd, work: Path, *, memory_mib: int = 256, cpus: int = 1, words: tuple[str, ...] = ()
+) -> Iterator[AgentClient]:
     """The agent as PID 1 of a guest; the console is work/console.log."""
-    machine = Machine(kernel=kernel, root=root, memory_mib=memory_mib, cpus=cpus, accel="tcg")
+    machine = Machine(kernel=kernel, root=root, memory_mib=memory_mib, cpus=cpus, accel="tcg", words=words)
     work.mkdir(exist_ok=True)
     with RUNTIMES["qemu"].start(machine, work) as guest, _connected(guest) as connection:
         client = AgentClient(connection)
