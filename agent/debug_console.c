@@ -228,17 +228,14 @@ static struct session *free_session(void)
 static int open_terminal(char *name, size_t size)
 {
     const struct winsize usual = {.ws_row = 24, .ws_col = 80};
-    int number = 0;
-    int locked = 0;
-    int master = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+    int master = posix_openpt(O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
     if (master < 0)
         return -1;
-    if (ioctl(master, TIOCGPTN, &number) != 0 || ioctl(master, TIOCSPTLCK, &locked) != 0) {
+    if (unlockpt(master) != 0 || ptsname_r(master, name, size) != 0) {
         close(master);
         return -1;
     }
     ioctl(master, TIOCSWINSZ, &usual);
-    snprintf(name, size, "/dev/pts/%d", number);
     return master;
 }
 
