@@ -118,7 +118,7 @@ static bool make_name(int parent, const char *name, bool directory)
 
 static bool fill_gap(int root, char *path, bool directory)
 {
-    struct gap gap;
+    struct gap gap = {0};
     char name[NAME_MAX + 1];
     if (!find_gap(root, path, &gap))
         return false;
