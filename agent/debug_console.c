@@ -233,7 +233,7 @@ static int open_terminal(char *name, size_t size)
     int master = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
     if (master < 0)
         return -1;
-    if (ioctl(master, TIOCGPTN, &number) != 0 || ioctl(master, TIOCSPTLCK, &locked) != 0) {
+    if (ioctl(master, (int)TIOCGPTN, &number) != 0 || ioctl(master, TIOCSPTLCK, &locked) != 0) {
         close(master);
         return -1;
     }
