@@ -233,8 +233,16 @@ def kernel_config(words: Words, arch: ArchName = "") -> None:
 
 
 @agent_app.command("build")
-def agent_build(out: OutFile = Path("osbuilder-agent"), arch: ArchName = "", as_json: Json = False) -> None:
-    """Compile the built-in agent: static, the same bytes from the same source."""
+def agent_build(
+    out: OutFile = Path("osbuilder-agent"),
+    arch: Annotated[str, typer.Option("--arch", help="x86_64 or aarch64; this machine's when not given")] = "",
+    as_json: Json = False,
+) -> None:
+    """Compile the built-in agent: a static PIE, the same bytes from the same source.
+
+    For another architecture it takes zig (pip install 'osbuilder[cross]') or Debian's cross compiler; the first time
+    zig compiles its libc, which takes minutes.
+    """
     from osbuild.agent import agent_version, build_agent
     from osbuild.artifacts import File
     from osbuild.output import write_whole
