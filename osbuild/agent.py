@@ -27,6 +27,10 @@ from osbuild.tree import Bytes, Draft, regular, symlink
 NAME: Final = "osbuilder-agent"
 INIT: Final = "/sbin/init"  # where Kata's images have an agent that is the first process
 
+_KEPT: Final = """#include "version.h"
+extern const char agent_marker[];
+const char agent_marker[] __attribute__((used, retain)) = AGENT_MARKER;
+"""
 _MARKER: Final = re.compile(rb"osbuilder-agent version=([0-9A-Za-z.+_-]{1,64});")
 
 
@@ -71,6 +75,9 @@ def _compile(compiler: Compiler, flags: tuple[str, ...], sources: list[Path], ou
     for path in sources:
         shutil.copyfile(path, work / path.name)
     units = [path.name for path in sources if path.suffix == ".c"]
+    if compiler.sweeps:
+        (work / "marker.c").write_text(_KEPT)
+        units.append("marker.c")
     command.run(
         *compiler.argv, *flags, f"-ffile-prefix-map={work}=.", *compiler.before, *units, *compiler.behind,
         "-o", f"../{NAME}", cwd=work, env=dict(compiler.env),

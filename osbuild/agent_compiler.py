@@ -58,6 +58,7 @@ class Compiler:
     libc: tuple[Path, ...] = ()  # files that become part of the agent
     env: tuple[tuple[str, str], ...] = ()
     largest: int
+    sweeps: bool = False  # its linker leaves out what nothing refers to, such as the text that says the version
 
 
 def find_compiler(arch: Arch, cache: Cache) -> Compiler:
@@ -113,11 +114,10 @@ def _zig(arch: Arch, cache: Cache) -> Compiler | None:
     flags = (
         "-target", f"{arch.name}-linux-musl", *_COMMON, "-static", "-pie",
         "-fno-sanitize=undefined",  # zig adds that without a level of optimisation; this keeps it out
-        "-Wl,--no-gc-sections",  # nothing refers to the text that says the agent's version
     )  # fmt: skip
     env = (("ZIG_GLOBAL_CACHE_DIR", scratch), ("ZIG_LOCAL_CACHE_DIR", scratch))
     version = command.run(*argv, "version", env=dict(env)).output
-    return Compiler(name="zig", argv=(*argv, "cc"), flags=flags, version=version, env=env, largest=SMALL)
+    return Compiler(name="zig", argv=(*argv, "cc"), flags=flags, version=version, env=env, largest=SMALL, sweeps=True)
 
 
 def _gcc(arch: Arch, cache: Cache) -> Compiler | None:
