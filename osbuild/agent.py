@@ -25,13 +25,15 @@ from osbuild.resources import resource
 from osbuild.tree import Bytes, Draft, regular, symlink
 
 NAME: Final = "osbuilder-agent"
+PROGRAM: Final = f"/usr/bin/{NAME}"  # where it lies when systemd starts it
+INIT_WORDS: Final[tuple[str, ...]] = ()  # kernel words that it needs as the first process
 INIT: Final = "/sbin/init"  # where Kata's images have an agent that is the first process
 
 _KEPT: Final = """#include "version.h"
 extern const char agent_marker[];
-const char agent_marker[] __attribute__((used, retain)) = AGENT_MARKER;
+const char agent_marker[] __attribute__((used, retain)) = AGENTMARKER;
 """
-_MARKER: Final = re.compile(rb"osbuilder-agent version=([0-9A-Za-z.+_-]{1,64});")
+MARKER: Final = re.compile(rb"osbuilder-agent version=([0-9A-Za-z.+_-]{1,64});")
 
 
 def build_agent(arch: Arch, cache: Cache) -> File:
@@ -48,9 +50,15 @@ def build_agent(arch: Arch, cache: Cache) -> File:
     return File.of(home / NAME)
 
 
+def obtain(source: str, arch: Arch, cache: Cache) -> Agent:
+    """Our own agent, compiled or found compiled."""
+    del source
+    return read_agent(build_agent(arch, cache))
+
+
 def agent_version(data: bytes) -> str:
     """The version that a built-in agent's bytes carry."""
-    found = _MARKER.search(data)
+    found = MARKER.search(data)
     if found is None:
         raise InputError("this is no agent of osbuilder's: its version is not in it")
     return found[1].decode()
@@ -62,6 +70,7 @@ def _key(arch: Arch, compiler: Compiler, flags: tuple[str, ...], sources: list[P
         "compiler": [compiler.name, compiler.version],
         "libc": [File.of(path).sha256 for path in compiler.libc],
         "flags": flags,
+        "kept": _KEPT if compiler.sweeps else "",
         "osbuild": osbuild.__version__,
         "sources": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources},
     }
@@ -103,10 +112,12 @@ def _check(data: bytes, arch: Arch, compiler: Compiler) -> None:
 class Agent:
     """An agent's binary, read: what goes into the tree is what was looked at."""
 
+    kind: str = "builtin"  # a row of AGENTS
     name: str
     version: str
     sha256: str  # of its bytes
     data: bytes
+    wants_policy: bool = False  # it does not serve without a policy in the guest
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"

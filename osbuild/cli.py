@@ -256,16 +256,26 @@ def agent_build(
 
 @agent_app.command("version")
 def agent_version_of(
-    file: Annotated[Path, typer.Argument(help="an agent's binary", exists=True, dir_okay=False)], as_json: Json = False
+    file: Annotated[Path, typer.Argument(help="an agent's binary")],
+    run: Annotated[bool, typer.Option("--run", help="also run it with --version, and take its word")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Say which agent a binary is, from its bytes; nothing is run."""
-    from osbuild.agent import NAME, agent_version
+    """Say which agent a program is, from its bytes; nothing is run without --run.
 
-    version = agent_version(file.read_bytes())
+    Name, version, architecture, whether it is static, the protocol, and how each was found out. What its bytes do not
+    say is "unknown". With --run it gets no environment, five seconds, and limits on memory and output.
+
+    Exit code: 0 it is a program for a guest; 3 it is not.
+    """
+    from osbuild import agent_binary
+
+    found = agent_binary.read_binary(file)
+    if run:
+        found = agent_binary.ask(file, found)
     if as_json:
-        console.print_json({"name": NAME, "version": version})
+        console.print_json(found.to_dict())
     else:
-        sys.stdout.write(f"{NAME} {version}\n")
+        results.print_agent(found)
 
 
 @cache_app.command("ls")
