@@ -254,6 +254,32 @@ def agent_build(
     _print_file(File.of(out), {"version": agent_version(data)}, as_json=as_json)
 
 
+@agent_app.command("swap")
+@takes("disk")
+def agent_swap(
+    words: Words,
+    image: Annotated[Path, typer.Argument(help="a disk image of osbuilder's: OUT/rootfs.img, or one alone")],
+    agent: Annotated[str, typer.Argument(help="builtin, or the path of an agent or of a tarball with one")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the file to write, instead of the image")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put another agent into an image: the bytes that a clean build with it would give.
+
+    In a build's directory initrd.img, manifest.json and lock.json change too, and the smoke test's report goes. For an
+    image alone, give the words it was made with (--align, --size, --free, --writable, --salt); the rest is seen.
+    """
+    from osbuild import swap
+    from osbuild.options import disk_spec
+
+    if out is not None:
+        check_output(out)
+    done = swap.swap(image, agent, default_cache(), out=out, disk=disk_spec(words) if words else None)
+    if as_json:
+        console.print_json(done.to_dict())
+    else:
+        console.print_lines(swap.lines(done))
+
+
 @agent_app.command("version")
 def agent_version_of(
     file: Annotated[Path, typer.Argument(help="an agent's binary")],

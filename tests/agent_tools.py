@@ -17,6 +17,7 @@ from typing import Final
 
 import pytest
 
+import osbuild
 import osbuild.agent as agent_module
 from osbuild.agent import build_agent
 from osbuild.arch import X86_64
@@ -94,7 +95,7 @@ def foreign_agent(work: Path, version: str = FOREIGN) -> Path:
     header.write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agent_module, "resource", lambda name: elsewhere)
-        patch.setattr(agent_module, "agent_version", lambda data: agent_module.osbuild.__version__)
+        patch.setattr(agent_module, "agent_version", lambda data: osbuild.__version__)
         return build_agent(X86_64, Cache(root=work / "agent-cache")).path
 
 
