@@ -233,8 +233,16 @@ def kernel_config(words: Words, arch: ArchName = "") -> None:
 
 
 @agent_app.command("build")
-def agent_build(out: OutFile = Path("osbuilder-agent"), arch: ArchName = "", as_json: Json = False) -> None:
-    """Compile the built-in agent: static, the same bytes from the same source."""
+def agent_build(
+    out: OutFile = Path("osbuilder-agent"),
+    arch: Annotated[str, typer.Option("--arch", help="x86_64 or aarch64; this machine's when not given")] = "",
+    as_json: Json = False,
+) -> None:
+    """Compile the built-in agent: a static PIE, the same bytes from the same source.
+
+    For another architecture it takes zig (pip install 'osbuilder[cross]') or Debian's cross compiler; the first time
+    zig compiles its libc, which takes minutes.
+    """
     from osbuild.agent import agent_version, build_agent
     from osbuild.artifacts import File
     from osbuild.output import write_whole
@@ -246,18 +254,54 @@ def agent_build(out: OutFile = Path("osbuilder-agent"), arch: ArchName = "", as_
     _print_file(File.of(out), {"version": agent_version(data)}, as_json=as_json)
 
 
+@agent_app.command("swap")
+@takes("disk")
+def agent_swap(
+    words: Words,
+    image: Annotated[Path, typer.Argument(help="a disk image of osbuilder's: OUT/rootfs.img, or one alone")],
+    agent: Annotated[str, typer.Argument(help="builtin, or the path of an agent or of a tarball with one")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the file to write, instead of the image")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put another agent into an image: the bytes that a clean build with it would give.
+
+    In a build's directory initrd.img, manifest.json and lock.json change too, and the smoke test's report goes. For an
+    image alone, give the words it was made with (--align, --size, --free, --writable, --salt); the rest is seen.
+    """
+    from osbuild import swap
+    from osbuild.options import disk_spec
+
+    if out is not None:
+        check_output(out)
+    done = swap.swap(image, agent, default_cache(), out=out, disk=disk_spec(words) if words else None)
+    if as_json:
+        console.print_json(done.to_dict())
+    else:
+        console.print_lines(swap.lines(done))
+
+
 @agent_app.command("version")
 def agent_version_of(
-    file: Annotated[Path, typer.Argument(help="an agent's binary", exists=True, dir_okay=False)], as_json: Json = False
+    file: Annotated[Path, typer.Argument(help="an agent's binary")],
+    run: Annotated[bool, typer.Option("--run", help="also run it with --version, and take its word")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Say which agent a binary is, from its bytes; nothing is run."""
-    from osbuild.agent import NAME, agent_version
+    """Say which agent a program is, from its bytes; nothing is run without --run.
 
-    version = agent_version(file.read_bytes())
+    Name, version, architecture, whether it is static, the protocol, and how each was found out. What its bytes do not
+    say is "unknown". With --run it gets no environment, five seconds, and limits on memory and output.
+
+    Exit code: 0 it is a program for a guest; 3 it is not.
+    """
+    from osbuild import agent_binary
+
+    found = agent_binary.read_binary(file)
+    if run:
+        found = agent_binary.ask(file, found)
     if as_json:
-        console.print_json({"name": NAME, "version": version})
+        console.print_json(found.to_dict())
     else:
-        sys.stdout.write(f"{NAME} {version}\n")
+        results.print_agent(found)
 
 
 @cache_app.command("ls")

@@ -148,6 +148,13 @@ class Tree(Mapping[str, Entry]):
         return total.hexdigest()
 
 
+def without_sockets(tree: Tree) -> Tree:
+    """What a filesystem holds of a tree: nothing listens on a socket in an image. The same tree when it has none."""
+    if not any(stat.S_ISSOCK(entry.mode) for entry in tree.values()):
+        return tree
+    return Tree({path: entry for path, entry in tree.items() if not stat.S_ISSOCK(entry.mode)})
+
+
 class _Directory(dict[str, "_Directory | Entry"]):
     """A directory while it is being put together: what lies in it, and its inode."""
 
