@@ -458,7 +458,7 @@ def _report_json(report: Report) -> dict[str, Any]:
         "verdict": report.verdict,
         "boots": [
             {"name": boot.name, "verdict": boot.verdict, "reason": boot.reason, "accel": boot.accel.name,
-             "seconds": round(boot.seconds, 3)}
+             "seconds": round(boot.seconds, 3), "calls": boot.to_dict()["calls"]}
             for boot in report.boots
         ],
     }  # fmt: skip

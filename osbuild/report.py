@@ -58,6 +58,19 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A step of the walk over the agent's calls (agent_walk.Row): the call, what of it, and how that went."""
+
+    call: str  # with its service
+    about: str
+    verdict: str  # of Verdict, or skipped
+    detail: str
+    seconds: float
+    calls: int = 0  # how often it was made in this step
+    call_seconds: float = 0.0  # the median of those
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """Something that happened, `seconds` after the VMM was started; `guest` is the guest's own clock, when it said."""
 
@@ -93,6 +106,7 @@ class SmokeReport:
     command: tuple[str, ...]
     console: Path
     log: Path
+    calls: tuple[Call, ...] = ()  # only when the walk was asked for
 
     def to_dict(self) -> dict[str, Any]:  # Any: JSON
         """This boot as the report's schema has it; paths are relative to the report."""
@@ -105,6 +119,14 @@ class SmokeReport:
             "machine": dict(self.machine),
             "accel": dataclasses.asdict(self.accel),
             "checks": [{**dataclasses.asdict(check), "seconds": round(check.seconds, 4)} for check in self.checks],
+            "calls": [
+                {
+                    **dataclasses.asdict(call),
+                    "seconds": round(call.seconds, 4),
+                    "call_seconds": round(call.call_seconds, 6),
+                }
+                for call in self.calls
+            ],
             "timeline": [{**dataclasses.asdict(event), "seconds": round(event.seconds, 4)} for event in self.timeline],
             "command": list(self.command),
             "console": f"{self.name}/{self.console.name}",
