@@ -17,7 +17,6 @@
 #include <sys/stat.h>
 #include <sys/statfs.h>
 #include <sys/sysmacros.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #define SUBSYSTEM "guest"
@@ -315,17 +314,6 @@ void guest_begin(void)
     setenv("PATH", "/bin:/sbin/:/usr/bin/:/usr/sbin/", 1); /* as Kata's agent spells it */
     set_hostname();
     raise_loopback();
-}
-
-void guest_reap(void)
-{
-    pid_t child;
-    int status;
-    while ((child = waitpid(-1, &status, WNOHANG)) > 0) {
-        char number[24];
-        snprintf(number, sizeof number, "%ld", (long)child);
-        LOG(LOG_DEBUG, SUBSYSTEM, "reaped", LOG_RAW("child", number));
-    }
 }
 
 /* Without ACPI a PC cannot be switched off: Linux would halt, and its VMM would wait for ever. A restart ends what is

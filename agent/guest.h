@@ -12,8 +12,6 @@ void guest_begin(void);
 void guest_open_standard_files(void);
 /* sync and power off; does not return. */
 _Noreturn void guest_power_off(void);
-/* Collect every child that has ended. */
-void guest_reap(void);
 /* One line that says what "/" is, so that a host sees whether it came up with dax. */
 void guest_log_root(void);
 /* The value of the kernel's word `name=…`; false, and an empty value, when there is none or it does not fit. */

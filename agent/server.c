@@ -5,24 +5,25 @@
 #define _GNU_SOURCE
 #include "server.h"
 
-#include "guest.h"
+#include "child.h"
+#include "clock.h"
+#include "hotplug.h"
 #include "log.h"
+#include "loop.h"
 #include "ttrpc.h"
 
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/netlink.h>
 #include <linux/vm_sockets.h>
 #include <poll.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/epoll.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
 
 #define SUBSYSTEM "server"
@@ -37,7 +38,6 @@ enum {
     VSOCK_PORT = 1024,
     ENDPOINTS = 40,
     CONNECTIONS = 32, /* of them; the others wait with the kernel, and a port always finds room */
-    EVENTS = 16,
     DESERTED = 4096, /* bytes of answers that wait while nobody is there: more than a host's first calls get */
     TURNS = 32, /* reads in a row before the others get their turn */
     /* The kernel hands us a new host's bytes and the news of that host on different ways, so "bytes, but nobody
@@ -68,11 +68,11 @@ enum {
  * one comes before we were run (some ms), they are one host to us: the second one's first bytes complete the frame.
  * It hears nothing, or an answer to a stream it did not ask on, and must hang up and stay away for 20 ms. */
 
-enum kind { FREE, LISTENER, SOCKET, PORT, SIGNALS, UEVENTS };
+enum kind { FREE, LISTENER, SOCKET, PORT, SIGNALS };
 
 struct endpoint {
+    struct watch watch;
     enum kind kind;
-    int fd;
     bool again; /* the kernel may have more for us without another edge */
     bool ended; /* SOCKET: the host will send no more */
     bool shut; /* SOCKET: we will send no more */
@@ -86,19 +86,11 @@ struct endpoint {
 };
 
 static struct endpoint endpoints[ENDPOINTS];
-static int epoll = -1;
 static struct endpoint *last_caller; /* whom DestroySandbox was answered to */
 static uint8_t piece[TTRPC_PIECE]; /* what one read gave: only what came takes memory of a connection */
 static bool stopping;
 static bool stopped;
 static int64_t stop_at;
-
-static int64_t now_ms(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
 
 static void warn(const char *message)
 {
@@ -116,17 +108,19 @@ static size_t count(enum kind kind)
     return found;
 }
 
+static void endpoint_ready(struct watch *watch, uint32_t events);
+
 static struct endpoint *add(enum kind kind, int fd, uint32_t events)
 {
     for (size_t i = 0; i < ENDPOINTS; i++) {
         struct endpoint *endpoint = &endpoints[i];
         if (endpoint->kind != FREE)
             continue;
-        struct epoll_event event = {.events = events, .data.ptr = endpoint};
-        if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) != 0)
-            return NULL;
-        *endpoint = (struct endpoint){.kind = kind, .fd = fd};
-        return endpoint;
+        *endpoint = (struct endpoint){.kind = kind, .watch = {.fd = fd, .ready = endpoint_ready}};
+        if (loop_watch(&endpoint->watch, events))
+            return endpoint;
+        *endpoint = (struct endpoint){.kind = FREE};
+        return NULL;
     }
     errno = EMFILE;
     return NULL;
@@ -141,11 +135,12 @@ static void drop(struct endpoint *endpoint)
 {
     if (endpoint == last_caller) {
         last_caller = NULL;
-        stop_at = now_ms(); /* nobody is waiting for the answer any more */
+        stop_at = clock_ms(); /* nobody is waiting for the answer any more */
     }
-    close(endpoint->fd);
+    loop_forget(&endpoint->watch);
+    close(endpoint->watch.fd);
     ttrpc_reset(&endpoint->peer);
-    *endpoint = (struct endpoint){.kind = FREE, .fd = -1};
+    *endpoint = (struct endpoint){.kind = FREE, .watch = {.fd = -1}};
     for (size_t i = 0; i < ENDPOINTS; i++)
         if (endpoints[i].kind == LISTENER)
             endpoints[i].again = true; /* somebody may have waited for the place */
@@ -161,7 +156,7 @@ static void hang_up(struct endpoint *port)
     port->settle_at = 0;
     LOG(LOG_DEBUG, SUBSYSTEM, "host disconnected");
     if (port == last_caller)
-        stop_at = now_ms();
+        stop_at = clock_ms();
 }
 
 static void note_up(struct endpoint *endpoint)
@@ -176,7 +171,7 @@ static bool flush(struct endpoint *endpoint)
     struct buffer *out = &endpoint->peer.out;
     while (out->size > 0) {
         struct span content = buffer_content(out);
-        ssize_t wrote = write(endpoint->fd, content.data, content.size);
+        ssize_t wrote = write(endpoint->watch.fd, content.data, content.size);
         if (wrote > 0) {
             ttrpc_written(&endpoint->peer, (size_t)wrote);
             note_up(endpoint);
@@ -202,7 +197,7 @@ static void nobody_there(struct endpoint *port)
     if (port->up)
         hang_up(port);
     else if (!ttrpc_idle(peer) && port->settle_at == 0)
-        port->settle_at = now_ms() + SETTLE_MS;
+        port->settle_at = clock_ms() + SETTLE_MS;
 }
 
 /* True: bytes came. False: there are none for now, or the endpoint is gone. */
@@ -210,10 +205,10 @@ static bool fill(struct endpoint *endpoint)
 {
     ssize_t got;
     do
-        got = read(endpoint->fd, piece, sizeof piece);
+        got = read(endpoint->watch.fd, piece, sizeof piece);
     while (got < 0 && errno == EINTR);
     if (got > 0) {
-        endpoint->heard_at = now_ms();
+        endpoint->heard_at = clock_ms();
         ttrpc_receive(&endpoint->peer, (struct span){piece, (size_t)got}, endpoint->kind == PORT);
         return true;
     }
@@ -232,7 +227,7 @@ static void begin_stopping(struct endpoint *caller)
 {
     stopping = true;
     last_caller = caller;
-    stop_at = now_ms() + DRAIN_MS;
+    stop_at = clock_ms() + DRAIN_MS;
 }
 
 /* Whatever this host has still to say is thrown away; the hang-up is yet to be read. */
@@ -253,7 +248,7 @@ static void end_broken(struct endpoint *endpoint)
 
 static bool hung_up(const struct endpoint *port)
 {
-    struct pollfd state = {.fd = port->fd};
+    struct pollfd state = {.fd = port->watch.fd};
     return poll(&state, 1, 0) == 1 && (state.revents & POLLHUP) != 0;
 }
 
@@ -267,7 +262,7 @@ static bool deserted(const struct endpoint *endpoint)
 static void shut(struct endpoint *socket)
 {
     socket->shut = true;
-    shutdown(socket->fd, SHUT_WR);
+    shutdown(socket->watch.fd, SHUT_WR);
 }
 
 static void converse(struct endpoint *endpoint)
@@ -285,8 +280,8 @@ static void converse(struct endpoint *endpoint)
             begin_stopping(endpoint);
         if (!flush(endpoint))
             return;
-        if (endpoint == last_caller && peer->out.size == 0 && stop_at > now_ms() + GRACE_MS)
-            stop_at = now_ms() + GRACE_MS;
+        if (endpoint == last_caller && peer->out.size == 0 && stop_at > clock_ms() + GRACE_MS)
+            stop_at = clock_ms() + GRACE_MS;
         if (endpoint->kind == SOCKET && peer->lost && peer->out.size == 0 && !endpoint->shut)
             shut(endpoint);
         if (deserted(endpoint)) {
@@ -314,7 +309,7 @@ static void watch_the_clock(struct endpoint *socket)
     if (!peer->lost && (!ttrpc_half_way(peer) || ttrpc_congested(peer)))
         socket->half_at = 0;
     else if (socket->half_at == 0 || socket->frames != peer->frames)
-        socket->half_at = now_ms();
+        socket->half_at = clock_ms();
     socket->frames = peer->frames;
 }
 
@@ -379,7 +374,7 @@ static struct endpoint *most_spare(void)
 static bool make_room(void)
 {
     struct endpoint *spare = most_spare();
-    if (spare_at(spare) > now_ms())
+    if (spare_at(spare) > clock_ms())
         return false;
     LOG(LOG_WARN, SUBSYSTEM, "too many connections: one that said nothing whole made way");
     drop(spare);
@@ -388,7 +383,7 @@ static bool make_room(void)
 
 static bool somebody_waits(const struct endpoint *listener)
 {
-    struct pollfd state = {.fd = listener->fd, .events = POLLIN};
+    struct pollfd state = {.fd = listener->watch.fd, .events = POLLIN};
     return poll(&state, 1, 0) == 1;
 }
 
@@ -405,7 +400,7 @@ static void accept_all(struct endpoint *listener)
                 return;
             }
         }
-        int fd = accept4(listener->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        int fd = accept4(listener->watch.fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (fd < 0 && (errno == EINTR || errno == ECONNABORTED))
             continue;
         if (fd < 0) {
@@ -418,7 +413,7 @@ static void accept_all(struct endpoint *listener)
             warn("cannot keep a connection");
             close(fd);
         } else {
-            added->heard_at = now_ms();
+            added->heard_at = clock_ms();
         }
     }
 }
@@ -505,23 +500,7 @@ static void look_for_port(void)
 /* A port gets its name some time after its driver started, and may be plugged in hours later: the kernel tells. */
 void server_watch_ports(void)
 {
-    struct sockaddr_nl address = {.nl_family = AF_NETLINK, .nl_groups = 1};
-    int fd = socket(AF_NETLINK, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, NETLINK_KOBJECT_UEVENT);
-    if (fd < 0 || bind(fd, (const struct sockaddr *)&address, sizeof address) != 0 ||
-        add(UEVENTS, fd, EPOLLIN) == NULL) {
-        warn("cannot hear of new devices");
-        if (fd >= 0)
-            close(fd);
-    }
-    look_for_port();
-}
-
-static void read_uevents(const struct endpoint *endpoint)
-{
-    char event[4096];
-    /* ENOBUFS: some were lost. Whatever they said, we look. */
-    while (recv(endpoint->fd, event, sizeof event, 0) >= 0 || errno == ENOBUFS || errno == EINTR)
-        ;
+    hotplug_begin(look_for_port);
     look_for_port();
 }
 
@@ -535,8 +514,7 @@ bool server_begin(void)
     sigaddset(&signals, SIGTERM);
     sigaddset(&signals, SIGINT);
     signal(SIGPIPE, SIG_IGN);
-    epoll = epoll_create1(EPOLL_CLOEXEC);
-    if (epoll < 0 || sigprocmask(SIG_BLOCK, &signals, NULL) != 0) {
+    if (!loop_begin() || sigprocmask(SIG_BLOCK, &signals, NULL) != 0) {
         warn("cannot begin");
         return false;
     }
@@ -551,10 +529,10 @@ bool server_begin(void)
 static void read_signals(const struct endpoint *endpoint)
 {
     struct signalfd_siginfo info;
-    while (read(endpoint->fd, &info, sizeof info) == sizeof info)
+    while (read(endpoint->watch.fd, &info, sizeof info) == sizeof info)
         if (info.ssi_signo != SIGCHLD && getpid() != 1)
             stopped = true;
-    guest_reap();
+    child_reap();
 }
 
 static void dispatch(struct endpoint *endpoint)
@@ -570,12 +548,15 @@ static void dispatch(struct endpoint *endpoint)
     case SIGNALS:
         read_signals(endpoint);
         break;
-    case UEVENTS:
-        read_uevents(endpoint);
-        break;
-    case FREE: /* dropped earlier in the same batch of events */
+    case FREE:
         break;
     }
+}
+
+static void endpoint_ready(struct watch *watch, uint32_t events)
+{
+    (void)events; /* edges: what there is to do is found out by trying */
+    dispatch(LOOP_OWNER(watch, struct endpoint, watch));
 }
 
 static void earliest(int64_t *next, int64_t when)
@@ -587,7 +568,7 @@ static void earliest(int64_t *next, int64_t when)
 /* Milliseconds until something is due; -1: nothing is. */
 static int due(void)
 {
-    int64_t next = INT64_MAX;
+    int64_t next = ttrpc_next_try();
     if (stopping)
         earliest(&next, stop_at);
     for (size_t i = 0; i < ENDPOINTS; i++) {
@@ -602,7 +583,7 @@ static int due(void)
     }
     if (next == INT64_MAX)
         return -1;
-    int64_t wait = next - now_ms();
+    int64_t wait = next - clock_ms();
     return wait <= 0 ? 0 : wait > DRAIN_MS ? DRAIN_MS : (int)wait;
 }
 
@@ -610,24 +591,21 @@ static void do_what_is_due(void)
 {
     for (size_t i = 0; i < ENDPOINTS; i++) {
         struct endpoint *endpoint = &endpoints[i];
-        if (endpoint->again || endpoint->crowded)
+        if (endpoint->again || endpoint->crowded || ttrpc_has_tries(&endpoint->peer))
             dispatch(endpoint);
-        if (endpoint->settle_at != 0 && endpoint->settle_at <= now_ms())
+        if (endpoint->settle_at != 0 && endpoint->settle_at <= clock_ms())
             settle(endpoint);
-        if (late_at(endpoint) <= now_ms())
+        if (late_at(endpoint) <= clock_ms())
             give_up(endpoint);
     }
-    if (stopping && stop_at <= now_ms())
+    if (stopping && stop_at <= clock_ms())
         stopped = true;
 }
 
 void server_run(void)
 {
     while (!stopped) {
-        struct epoll_event events[EVENTS];
-        int ready = epoll_wait(epoll, events, EVENTS, due());
-        for (int i = 0; i < ready; i++)
-            dispatch(events[i].data.ptr);
+        loop_turn(due());
         do_what_is_due();
     }
 }

@@ -1,10 +1,12 @@
 #include "ttrpc.h"
 
+#include "clock.h"
 #include "log.h"
 #include "wire.h"
 
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 #define SUBSYSTEM "ttrpc"
 
@@ -21,6 +23,7 @@ enum {
      * a big frame each cannot keep the others from a health check. */
     BUDGET = 12 * 1024 * 1024,
     SMALL = TTRPC_PIECE,
+    MOST_WAITING = 4096, /* calls */
     LONGEST_QUOTED = 100, /* of a name that a host sent, in an answer */
 };
 
@@ -35,7 +38,23 @@ struct request {
     struct span service;
     struct span method;
     struct span payload;
+    uint64_t timeout_nano;
 };
+
+/* A call whose method said TTRPC_LATER. */
+struct waiting {
+    struct waiting *next;
+    struct ttrpc_peer *peer;
+    uint32_t stream;
+    ttrpc_method *method;
+    struct buffer request;
+    struct ttrpc_call call;
+    int64_t deadline;
+    bool due;
+};
+
+static struct waiting *waiting_calls;
+static size_t waiting_count;
 
 static uint32_t get_u32(const uint8_t *at)
 {
@@ -103,7 +122,6 @@ static bool decode_metadata(struct span bytes)
     return !reader.malformed;
 }
 
-/* timeout_nano is not kept: no method of ours waits for anything yet. */
 static bool decode_request(struct span bytes, struct request *request)
 {
     struct wire_reader reader = wire_read(bytes);
@@ -119,6 +137,9 @@ static bool decode_request(struct span bytes, struct request *request)
             break;
         case WIRE_TAG(3, WIRE_BYTES):
             request->payload = field.bytes;
+            break;
+        case WIRE_TAG(4, WIRE_VARINT):
+            request->timeout_nano = field.value;
             break;
         case WIRE_TAG(5, WIRE_BYTES):
             if (!decode_metadata(field.bytes))
@@ -141,9 +162,10 @@ static const struct ttrpc_service_row *find_service(struct span name)
 
 static ttrpc_method *find_method(const struct ttrpc_service_row *service, struct span name)
 {
-    for (const struct ttrpc_method_row *row = service->methods; row->name != NULL; row++)
-        if (wire_equals(name, row->name))
-            return row->function;
+    for (const struct ttrpc_method_row *const *group = service->groups; *group != NULL; group++)
+        for (const struct ttrpc_method_row *row = *group; row->name != NULL; row++)
+            if (wire_equals(name, row->name))
+                return row->function;
     return NULL;
 }
 
@@ -162,32 +184,187 @@ static const char *text(struct span name)
     return name.data == NULL ? "" : (const char *)name.data;
 }
 
+bool ttrpc_decode(struct ttrpc_call *call, const struct message_type *type, void *message)
+{
+    if (message_decode(type, call->request, &call->arena, message))
+        return true;
+    if (call->arena.failed)
+        return failure_set(&call->failure, TTRPC_RESOURCE_EXHAUSTED, "no memory for this %s", message_name(type));
+    return failure_set(&call->failure, TTRPC_UNKNOWN, "the payload is no %s", message_name(type));
+}
+
+/* --- calls that wait --- */
+
+enum ttrpc_status ttrpc_later(struct ttrpc_call *call, const void *subject, int64_t again_at)
+{
+    call->subject = subject;
+    call->again_at = again_at;
+    return TTRPC_LATER;
+}
+
+void ttrpc_wake(const void *subject)
+{
+    for (struct waiting *waiting = waiting_calls; waiting != NULL; waiting = waiting->next)
+        waiting->due |= waiting->call.subject == subject;
+}
+
+static int64_t try_at(const struct waiting *waiting)
+{
+    if (waiting->due)
+        return 0;
+    return waiting->call.again_at < waiting->deadline ? waiting->call.again_at : waiting->deadline;
+}
+
+int64_t ttrpc_next_try(void)
+{
+    int64_t next = CLOCK_NEVER;
+    for (const struct waiting *waiting = waiting_calls; waiting != NULL; waiting = waiting->next)
+        if (!ttrpc_congested(waiting->peer) && try_at(waiting) < next)
+            next = try_at(waiting);
+    return next;
+}
+
+bool ttrpc_has_tries(const struct ttrpc_peer *peer)
+{
+    int64_t now = clock_ms();
+    for (const struct waiting *waiting = waiting_calls; waiting != NULL; waiting = waiting->next)
+        if (waiting->peer == peer && try_at(waiting) <= now)
+            return true;
+    return false;
+}
+
+static void free_waiting(struct waiting *waiting)
+{
+    buffer_reset(&waiting->request);
+    free(waiting);
+    waiting_count--;
+}
+
+/* The host that asked has gone. */
+static void forget_waiting(const struct ttrpc_peer *peer)
+{
+    for (struct waiting **at = &waiting_calls; *at != NULL;) {
+        struct waiting *waiting = *at;
+        if (waiting->peer == peer) {
+            *at = waiting->next;
+            free_waiting(waiting);
+        } else {
+            at = &waiting->next;
+        }
+    }
+}
+
+static void conclude(struct ttrpc_peer *peer, uint32_t stream, enum ttrpc_status status, struct ttrpc_call *call)
+{
+    if (status == TTRPC_OK && call->reply.failed)
+        refuse(peer, stream, TTRPC_RESOURCE_EXHAUSTED, "no memory for the answer");
+    else if (status == TTRPC_OK)
+        answer(peer, stream, TTRPC_OK, "", buffer_content(&call->reply));
+    else
+        refuse(peer, stream, status, call->failure.reason);
+    peer->ending |= call->ending;
+}
+
+static enum ttrpc_status try_method(ttrpc_method *method, struct ttrpc_call *call)
+{
+    call->failure = (struct failure){0};
+    call->again_at = CLOCK_NEVER;
+    enum ttrpc_status status = method(call);
+    arena_reset(&call->arena);
+    if (status == TTRPC_LATER)
+        buffer_reset(&call->reply);
+    call->tries++;
+    return status;
+}
+
+static int64_t deadline_of(const struct ttrpc_call *call, uint64_t timeout_nano)
+{
+    if (timeout_nano == 0 || timeout_nano > INT64_MAX) /* none, or a negative one */
+        return CLOCK_NEVER;
+    int64_t limit = (int64_t)(timeout_nano / 1000000) + 1;
+    return limit > CLOCK_NEVER - call->since ? CLOCK_NEVER : call->since + limit;
+}
+
+static bool keep_waiting(struct ttrpc_peer *peer, uint32_t stream, ttrpc_method *method, int64_t deadline,
+                         const struct ttrpc_call *call)
+{
+    if (waiting_count == MOST_WAITING || (call->request.size > SMALL && buffer_held() + call->request.size > BUDGET))
+        return false;
+    struct waiting *waiting = malloc(sizeof *waiting);
+    if (waiting == NULL)
+        return false;
+    *waiting = (struct waiting){
+        .next = NULL, .peer = peer, .stream = stream, .method = method, .call = *call, .deadline = deadline};
+    buffer_append(&waiting->request, call->request.data, call->request.size);
+    waiting_count++;
+    if (waiting->request.failed) {
+        free_waiting(waiting);
+        return false;
+    }
+    waiting->call.request = buffer_content(&waiting->request);
+    struct waiting **last = &waiting_calls; /* in the order in which they came */
+    while (*last != NULL)
+        last = &(*last)->next;
+    *last = waiting;
+    return true;
+}
+
+static void try_again(struct waiting **at)
+{
+    struct waiting *waiting = *at;
+    struct ttrpc_call *call = &waiting->call;
+    waiting->due = false;
+    enum ttrpc_status status = try_method(waiting->method, call);
+    if (status == TTRPC_LATER && waiting->deadline <= clock_ms()) {
+        status = TTRPC_DEADLINE_EXCEEDED;
+        failure_set(&call->failure, status, "the deadline of the call has passed");
+    }
+    if (status == TTRPC_LATER)
+        return;
+    conclude(waiting->peer, waiting->stream, status, call);
+    buffer_reset(&call->reply);
+    /* A method may have woken others, but adds and removes none. */
+    *at = waiting->next;
+    free_waiting(waiting);
+}
+
+static void try_waiting(struct ttrpc_peer *peer)
+{
+    for (struct waiting **at = &waiting_calls; *at != NULL && !ttrpc_congested(peer) && !ttrpc_broken(peer);) {
+        struct waiting *waiting = *at;
+        if (waiting->peer == peer && try_at(waiting) <= clock_ms())
+            try_again(at);
+        if (*at == waiting)
+            at = &waiting->next;
+    }
+}
+
 static void call_method(struct ttrpc_peer *peer, uint32_t stream, const struct request *request)
 {
-    struct ttrpc_call call = {.request = request->payload};
+    struct ttrpc_call call = {.request = request->payload, .since = clock_ms()};
     const struct ttrpc_service_row *service = find_service(request->service);
     if (service == NULL) {
-        snprintf(call.reason, sizeof call.reason, "the service %.*s does not exist", quoted(request->service),
-                 text(request->service));
-        refuse(peer, stream, TTRPC_INVALID_ARGUMENT, call.reason);
+        failure_set(&call.failure, TTRPC_INVALID_ARGUMENT, "the service %.*s does not exist", quoted(request->service),
+                    text(request->service));
+        conclude(peer, stream, call.failure.status, &call);
         return;
     }
     ttrpc_method *method = find_method(service, request->method);
     if (method == NULL) {
-        snprintf(call.reason, sizeof call.reason, "%s/%.*s is not implemented", service->name,
-                 quoted(request->method), text(request->method));
-        refuse(peer, stream, TTRPC_UNIMPLEMENTED, call.reason);
+        failure_set(&call.failure, TTRPC_UNIMPLEMENTED, "%s/%.*s is not implemented", service->name,
+                    quoted(request->method), text(request->method));
+        conclude(peer, stream, call.failure.status, &call);
         return;
     }
     LOG(LOG_DEBUG, SUBSYSTEM, "call", LOG_SPAN("service", request->service), LOG_SPAN("method", request->method));
-    enum ttrpc_status status = method(&call);
-    if (status == TTRPC_OK && call.reply.failed)
-        refuse(peer, stream, TTRPC_RESOURCE_EXHAUSTED, "no memory for the answer");
-    else if (status == TTRPC_OK)
-        answer(peer, stream, TTRPC_OK, "", buffer_content(&call.reply));
-    else
-        refuse(peer, stream, status, call.reason);
-    peer->ending |= call.ending;
+    enum ttrpc_status status = try_method(method, &call);
+    if (status == TTRPC_LATER) {
+        if (keep_waiting(peer, stream, method, deadline_of(&call, request->timeout_nano), &call))
+            return;
+        status = TTRPC_RESOURCE_EXHAUSTED;
+        failure_set(&call.failure, status, "too many calls are waiting");
+    }
+    conclude(peer, stream, status, &call);
     buffer_reset(&call.reply);
 }
 
@@ -206,6 +383,7 @@ static void handle(struct ttrpc_peer *peer, const struct frame *frame)
     if (frame->type == TYPE_REQUEST && frame->stream == 1) {
         peer->opened = true;
         peer->opening = peer->out.size;
+        forget_waiting(peer); /* a client begins: whatever waits was asked by another one before it */
     }
     if (frame->type != TYPE_REQUEST)
         ignore(frame->stream, frame->type);
@@ -287,6 +465,7 @@ void ttrpc_receive(struct ttrpc_peer *peer, struct span bytes, bool entitled)
 
 bool ttrpc_process(struct ttrpc_peer *peer)
 {
+    try_waiting(peer);
     while (!ttrpc_congested(peer) && !ttrpc_broken(peer)) {
         if (peer->discarding > 0)
             buffer_consume(&peer->in, discard(peer, peer->in.size));
@@ -346,6 +525,7 @@ void ttrpc_written(struct ttrpc_peer *peer, size_t size)
 
 void ttrpc_reset(struct ttrpc_peer *peer)
 {
+    forget_waiting(peer);
     buffer_reset(&peer->in);
     buffer_reset(&peer->out);
     *peer = (struct ttrpc_peer){0};

@@ -8,20 +8,14 @@
 #ifndef AGENT_TTRPC_H
 #define AGENT_TTRPC_H
 
+#include "arena.h"
 #include "buffer.h"
+#include "failure.h"
+#include "messages.h"
 
 enum {
     TTRPC_LARGEST = 4 * 1024 * 1024, /* payload of a frame, either way */
     TTRPC_PIECE = 64 * 1024, /* so much may be received at a time */
-};
-
-enum ttrpc_status {
-    TTRPC_OK = 0,
-    TTRPC_UNKNOWN = 2,
-    TTRPC_INVALID_ARGUMENT = 3,
-    TTRPC_RESOURCE_EXHAUSTED = 8,
-    TTRPC_UNIMPLEMENTED = 12,
-    TTRPC_INTERNAL = 13,
 };
 
 /* One end of one byte stream. All zero is a fresh one. */
@@ -40,12 +34,22 @@ struct ttrpc_peer {
     size_t opening; /* where in `out` that answer begins */
 };
 
-/* A call that a method answers: a status, and with TTRPC_OK the reply, else the reason. */
+/* A call that a method answers: with TTRPC_OK and a reply, with a failure, or TTRPC_LATER.
+ *
+ * Later is for what has to be waited for: the loop has one thread, so no method may block. The method is called again
+ * from its beginning when something has happened to `subject` (ttrpc_wake), or at `again_at`, with the same request; a
+ * caller's deadline is seen to. Between two tries anything may have gone: look it up again by its id. */
 struct ttrpc_call {
     struct span request;
     struct buffer reply;
-    char reason[160];
+    struct failure failure;
+    struct arena arena; /* what is decoded lies here; given back after each try */
     bool ending; /* nothing is left to do after this answer */
+    unsigned tries; /* there were before this one */
+    int64_t since; /* clock_ms when it came */
+    uint64_t memo; /* the method's own, kept between tries; nothing is done with it when the caller goes away */
+    const void *subject; /* an address, never looked into */
+    int64_t again_at; /* CLOCK_NEVER unless the method says so */
 };
 
 typedef enum ttrpc_status ttrpc_method(struct ttrpc_call *call);
@@ -56,13 +60,25 @@ struct ttrpc_method_row {
     ttrpc_method *function;
 };
 
+/* A service's methods, in groups: each module has the rows of its own. The groups end with NULL. */
 struct ttrpc_service_row {
     const char *name;
-    const struct ttrpc_method_row *methods;
+    const struct ttrpc_method_row *const *groups;
 };
 
 /* services.c */
 extern const struct ttrpc_service_row ttrpc_services[];
+
+/* Decode a call's request into `message`; false, and the failure that the Rust agent's generated code gives. */
+bool ttrpc_decode(struct ttrpc_call *call, const struct message_type *type, void *message);
+/* `return ttrpc_later(call, subject, CLOCK_NEVER);` */
+enum ttrpc_status ttrpc_later(struct ttrpc_call *call, const void *subject, int64_t again_at);
+/* Something happened to `subject`: the calls that wait for it are tried again. */
+void ttrpc_wake(const void *subject);
+/* When the next waiting call is to be tried, or its deadline passes; CLOCK_NEVER: none is. */
+int64_t ttrpc_next_try(void);
+/* A waiting call of this peer is to be tried now: ttrpc_process does. */
+bool ttrpc_has_tries(const struct ttrpc_peer *peer);
 
 /* Bytes from the host, when ttrpc_process wants more: at most TTRPC_PIECE. A frame for which there is no room left is
  * read over and answered RESOURCE_EXHAUSTED; the room is shared, but an entitled peer does without asking. */

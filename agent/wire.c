@@ -137,6 +137,11 @@ bool wire_next(struct wire_reader *reader, struct wire_field *field)
     return false;
 }
 
+bool wire_next_packed(struct wire_reader *reader, uint64_t *value)
+{
+    return reader->at != reader->end && read_varint(reader, value);
+}
+
 /* No overlong forms, no surrogates, nothing over U+10FFFF. */
 size_t wire_utf8_length(struct span text)
 {

@@ -31,6 +31,8 @@ struct wire_field {
 struct wire_reader wire_read(struct span message);
 /* The next field; groups are skipped. False at the end, and when malformed: look there afterwards. */
 bool wire_next(struct wire_reader *reader, struct wire_field *field);
+/* The next number of a packed list of varints, as wire_next. */
+bool wire_next_packed(struct wire_reader *reader, uint64_t *value);
 bool wire_is_utf8(struct span text);
 /* The length of the UTF-8 sequence that a non-empty text begins with; 0: it begins with none. */
 size_t wire_utf8_length(struct span text);

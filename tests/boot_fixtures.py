@@ -54,7 +54,7 @@ def boot_kernel(kernel: Kernel) -> Kernel:
 @pytest.fixture(scope="session")
 def boot_rootfs(agent: File) -> Rootfs:
     """Nothing but the agent."""
-    draft = _skeleton()
+    draft = skeleton()
     found = read_agent(agent)
     install_init(draft, found, now=0)
     return Rootfs(tree=draft.tree(), init=INIT, epoch=0, agent=str(found), agent_sha256=found.sha256)
@@ -91,7 +91,7 @@ def compile_init(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], by
 
 def tree_with_init(program: bytes, permissions: int = 0o755) -> Tree:
     """A root whose /init and /sbin/init are this program, and which has no agent."""
-    draft = _skeleton()
+    draft = skeleton()
     for path in ("/init", "/sbin/init"):
         draft.put(path, regular(program, permissions))
     return draft.tree()
@@ -130,7 +130,8 @@ def guests_alive(work: Path) -> list[int]:
     return found
 
 
-def _skeleton() -> Draft:
+def skeleton() -> Draft:
+    """The directories that every root needs, and a console."""
     draft = Draft()
     for name in DIRECTORIES:
         draft.put(f"/{name}", directory(mtime_ns=0))

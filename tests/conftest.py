@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
+from osbuild import command
 from osbuild.arch import X86_64
-from osbuild.artifacts import File, Kernel
+from osbuild.artifacts import File, Initrd, Kernel
 from osbuild.cache import default_cache
-from osbuild.errors import HostError
+from osbuild.errors import CommandError, HostError
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +34,28 @@ def agent() -> File:
         return build_agent(X86_64, default_cache())
     except HostError as problem:
         pytest.skip(f"{problem}: {problem.hint}")
+
+
+@pytest.fixture(scope="session")
+def sanitized_agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The agent's program under ASan and UBSan, or without where there is no libasan."""
+    from tests.agent_program import SANITIZERS, compile_agent
+
+    out = tmp_path_factory.mktemp("agent-program")
+    try:
+        path = compile_agent(out / "sanitized", *SANITIZERS)
+        command.run(str(path), "--version")
+    except CommandError:
+        path = compile_agent(out / "plain")
+    return path
+
+
+@pytest.fixture(scope="session")
+def busybox_initrd(agent: File, kernel: Kernel, tmp_path_factory: pytest.TempPathFactory) -> Initrd:
+    """An initramfs with the agent as init and a busybox, for guests that run containers."""
+    from osbuild.initrd import build_initrd
+    from tests.agent_program import BUSYBOX, busybox_root
+
+    if shutil.which(X86_64.qemu) is None or not BUSYBOX.exists():
+        pytest.skip(f"{X86_64.qemu} or a static busybox is not installed")
+    return build_initrd(busybox_root(agent), tmp_path_factory.mktemp("busybox") / "initrd.img")

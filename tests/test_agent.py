@@ -25,8 +25,9 @@ from osbuild import command
 from osbuild.agent import agent_version, build_agent
 from osbuild.arch import AARCH64, X86_64, host_arch
 from osbuild.cache import Cache
-from osbuild.errors import CommandError, HostError, InputError
+from osbuild.errors import HostError, InputError
 from osbuild.resources import resource
+from tests.agent_program import compile_agent
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed"),
@@ -35,7 +36,6 @@ pytestmark = [
 
 MIB: Final = 1 << 20
 OK, UNKNOWN, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED = 0, 2, 3, 8, 12
-SANITIZERS: Final = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 CHECK: Final = bytes.fromhex("000000140000000101000a0b677270632e4865616c74681205436865636b")
 CHECK_WITH_TIMEOUT: Final = bytes.fromhex("0000001a0000000101000a0b677270632e4865616c74681205436865636b2080d88ee16f")
@@ -158,24 +158,9 @@ class Client:
 # --- the agent ---
 
 
-def compile_agent(out: Path, *flags: str) -> Path:
-    sources = sorted(str(path) for path in resource("agent").glob("*.c"))
-    version = f'-DAGENT_VERSION="{osbuild.__version__}"'
-    command.run(
-        "gcc", "-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", version, *flags, *sources, "-o", str(out)
-    )
-    return out
-
-
-@pytest.fixture(scope="session")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("agent")
-    try:
-        path = compile_agent(out / "sanitized", *SANITIZERS)
-        command.run(str(path), "--version")
-    except CommandError:  # no libasan here
-        path = compile_agent(out / "plain")
-    return path
+@pytest.fixture
+def program(sanitized_agent: Path) -> Path:
+    return sanitized_agent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -595,6 +580,9 @@ def test_every_line_of_the_log_is_one_object_with_the_keys_of_kata(agent: Agent,
 
 
 def test_the_log_says_what_the_root_is_and_how_the_agent_started(agent: Agent) -> None:
+    deadline = time.monotonic() + 20
+    while len(agent.lines()) < 3 and time.monotonic() < deadline:  # it may be connected to before it says so
+        time.sleep(0.01)
     mounted, started, listening = agent.lines()
     root = [line.split() for line in Path("/proc/mounts").read_text().splitlines() if line.split()[1] == "/"][-1]
     assert mounted["fstype"] == root[2]

@@ -1,0 +1,37 @@
+/* A container's cgroup, version 2: limits, numbers, freezing, killing, devices, and being told of an OOM kill. */
+#ifndef AGENT_CGROUP_H
+#define AGENT_CGROUP_H
+
+#include "buffer.h"
+#include "failure.h"
+#include "messages.h"
+
+#include <sys/types.h>
+
+struct cgroup {
+    char path[512]; /* absolute, below /sys/fs/cgroup */
+    int directory; /* open; -1: none */
+};
+
+/* Make the cgroup that `path` names (Linux.CgroupsPath as a runtime sends it: "/kata/ID", or systemd's
+ * "slice:prefix:name", which we lay out as that slice's directory), controllers enabled on the way down. */
+bool cgroup_create(struct cgroup *cgroup, const char *path, struct failure *failure);
+/* Apply limits; what is not set is left alone. NULL: none. */
+bool cgroup_limit(const struct cgroup *cgroup, const struct oci_resources *resources, struct failure *failure);
+/* Let the cgroup reach only the devices of the rules and the usual ones (null, zero, full, random, urandom, tty, console,
+ * ptmx, pts), never one of `denied`, whatever the rules say. */
+bool cgroup_limit_devices(const struct cgroup *cgroup, const struct oci_device *devices, size_t count,
+                          const struct oci_resources *resources, const dev_t *denied, size_t denied_count,
+                          struct failure *failure);
+bool cgroup_freeze(const struct cgroup *cgroup, bool frozen, struct failure *failure);
+/* SIGKILL to all that is in it. */
+bool cgroup_kill(const struct cgroup *cgroup);
+bool cgroup_is_empty(const struct cgroup *cgroup);
+/* grpc.CgroupStats, appended to `out`. */
+void cgroup_put_stats(const struct cgroup *cgroup, struct buffer *out);
+/* How many OOM kills there have been in it; the file memory.events is `modified` (inotify) when it changes. */
+unsigned long cgroup_oom_kills(const struct cgroup *cgroup);
+/* Remove it and what is below it; it must be empty. */
+void cgroup_remove(struct cgroup *cgroup);
+
+#endif
