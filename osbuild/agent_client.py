@@ -51,7 +51,7 @@ class AgentClient:
     """
 
     def __init__(self, connection: Caller) -> None:
-        self._connection = connection
+        self.connection = connection
 
     # Health
 
@@ -227,7 +227,7 @@ class AgentClient:
     ) -> Any:
         kinds = protos.method(service, method)
         payload = kinds.request(**fields).SerializeToString()
-        answer = self._connection.call(service, method, payload, seconds, every=every)
+        answer = self.connection.call(service, method, payload, seconds, every=every)
         try:
             return decode(kinds.response.DESCRIPTOR.full_name, answer)
         except ProtocolError as problem:

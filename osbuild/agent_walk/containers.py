@@ -12,7 +12,7 @@ from osbuild.agent_values import Storage
 from osbuild.agent_walk.base import CALL_SECONDS, RUN_SECONDS, SHELL, Step, Walk, expect, refused
 from osbuild.container import CAPABILITIES, NO_CAPABILITIES, ContainerSpec, Mount, Rlimit, User
 from osbuild.findings import NotHere, Wrong
-from osbuild.ttrpc import StatusError
+from osbuild.ttrpc import Code, StatusError
 
 # linux/capability.h: bit numbers of those Docker gives
 _BITS: Final = {
@@ -214,6 +214,8 @@ def no_such_program(walk: Walk) -> str:
     try:
         finished = walk.run(walk.spec("/no/such/program"))
     except StatusError as problem:
+        if problem.code == Code.UNIMPLEMENTED:
+            raise
         return f"refused: {problem.message}"
     if finished.status in (126, 127):
         return f"ended with {finished.status}"
