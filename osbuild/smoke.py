@@ -235,6 +235,8 @@ def every_call(session: Session) -> str:
         )
         for row in rows
     ]  # fmt: skip
+    if walk_check.gone(rows):
+        session.lost = session.gone = True
     return walk_check.judge(rows)
 
 

@@ -52,6 +52,11 @@ def walk(
     return agent_walk.take_all(connection, place_of(machine, tree_of(machine), init=init), on_row=on_row)
 
 
+def gone(rows: Sequence[Row]) -> bool:
+    """The agent went away in the middle: the console knows more."""
+    return any(row.detail == agent_walk.GONE for row in rows)
+
+
 def judge(rows: Sequence[Row]) -> str:
     """What it comes to: Wrong when a step failed, Unclear when one could not be taken."""
     counts = Counter(row.verdict for row in rows)

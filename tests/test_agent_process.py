@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import stat
 import threading
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,7 @@ class Program:
 
     def handlers(self) -> dict[str, Handler]:
         return {
-            name: lambda request, name=name: self.answer(name, request)
+            name: functools.partial(self.answer, name)
             for name in (
                 "CreateContainer", "StartContainer", "ExecProcess", "ReadStdout", "ReadStderr", "WriteStdin",
                 "CloseStdin", "WaitProcess", "SignalProcess", "RemoveContainer",

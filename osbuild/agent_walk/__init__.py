@@ -27,6 +27,7 @@ __all__ = ["STEPS", "Outcome", "Place", "Row", "Step", "Walk", "take_all"]
 
 STEPS: Final[tuple[Step, ...]] = (*FIRST, *NETWORK, *CONTAINERS, *FILES, *PROCESSES, *CONTROL, *LAST)
 
+GONE: Final = "the agent has gone"
 _SILENCES: Final = 3  # in a row, after which nobody is asked any more
 
 
@@ -73,7 +74,7 @@ def take_all(
         else:
             row, problem = _take(walk, step)
             silent = silent + 1 if isinstance(problem, CallTimeout) else 0
-            gone = "the agent has gone" if isinstance(problem, PeerClosed) else ""
+            gone = GONE if isinstance(problem, PeerClosed) else ""
         rows.append(row)
         if on_row is not None:
             on_row(row)

@@ -101,8 +101,9 @@ def hidden(walk: Walk) -> str:
         if (echo 9 > $path) 2>/dev/null; then echo "can be written: $path"; fi
     done
     if mkdir /sys/fs/cgroup/walk 2>/dev/null; then echo "can be written: /sys/fs/cgroup"; fi
+    echo looked
     """
-    expect("what is not hidden", walk.output(walk.script(script)).splitlines(), [])
+    expect("what is not hidden", walk.output(walk.script(script)).splitlines(), ["looked"])
     return "nothing in them, nothing to write"
 
 
@@ -113,6 +114,8 @@ def read_only_root(walk: Walk) -> str:
     found = walk.output(spec)
     if "written" in found:
         raise Wrong("a file was made in a root that should be read-only")
+    if " / " not in found:
+        raise Wrong(f"nobody looked: {found!r}")
     return "nothing can be made in it"
 
 

@@ -48,6 +48,8 @@ def version(walk: Walk) -> str:
     found = walk.client.version(seconds=CALL_SECONDS)
     if walk.place.version:
         expect("the agent's version", found.agent, walk.place.version)
+    if not found.agent or not found.grpc:
+        raise Wrong(f"it says that it is {found.agent!r}, interface {found.grpc!r}")
     return f"{found.agent}, interface {found.grpc}"
 
 
@@ -113,6 +115,9 @@ def online_cpus(walk: Walk) -> str:
     if not walk.place.shell:
         return f"{walk.place.cpus} asked for"
     online = walk.output(walk.script("cat /sys/devices/system/cpu/online")).strip()
+    ranges = [[int(end) for end in part.split("-")] for part in online.split(",")]
+    if sum(ends[-1] - ends[0] + 1 for ends in ranges) < walk.place.cpus:
+        raise Wrong(f"{walk.place.cpus} were asked for, and online are {online}")
     return f"{walk.place.cpus} asked for; online: {online}"
 
 

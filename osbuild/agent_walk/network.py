@@ -39,14 +39,20 @@ def update_interface(walk: Walk) -> str:
     wanted = Interface(name=LINK, mac=walk.place.mac, mtu=MTU, addresses=(V4, V6))
     answer = walk.client.update_interface(wanted, seconds=CALL_SECONDS)
     expect("the name that comes back", answer.name, LINK)
-    links = [link for link in walk.client.interfaces(seconds=CALL_SECONDS) if link.name == LINK]
-    expect("the number of such links", len(links), 1)
-    expect("its hardware address", links[0].mac.lower(), walk.place.mac)
-    expect("its mtu", links[0].mtu, MTU)
-    missing = {V4, V6} - set(links[0].addresses)
+    link = listed(walk)
+    expect("its hardware address", link.mac.lower(), walk.place.mac)
+    expect("its mtu", link.mtu, MTU)
+    missing = {V4, V6} - set(link.addresses)
     if missing:
-        raise Wrong(f"it does not have {', '.join(f'{a.address}/{a.prefix}' for a in missing)}: {links[0].addresses}")
+        raise Wrong(f"it does not have {', '.join(f'{a.address}/{a.prefix}' for a in missing)}: {link.addresses}")
     return f"{LINK}: {V4.address}/{V4.prefix}, {V6.address}/{V6.prefix}, mtu {MTU}"
+
+
+def listed(walk: Walk) -> Interface:
+    """The link as it is listed now, under the name it was given."""
+    links = [link for link in walk.client.interfaces(seconds=CALL_SECONDS) if link.name == LINK]
+    expect(f"the number of links called {LINK}", len(links), 1)
+    return links[0]
 
 
 def replace_addresses(walk: Walk) -> str:
@@ -54,7 +60,7 @@ def replace_addresses(walk: Walk) -> str:
     walk.client.update_interface(
         Interface(name=LINK, mac=walk.place.mac, mtu=MTU, addresses=(other,)), seconds=CALL_SECONDS
     )
-    found = next(link for link in walk.client.interfaces(seconds=CALL_SECONDS) if link.name == LINK)
+    found = listed(walk)
     if V4 in found.addresses or other not in found.addresses:
         raise Wrong(f"its addresses are {found.addresses}")
     update_interface(walk)
