@@ -182,6 +182,9 @@ def smoke(
 ) -> None:
     """Boot what a build made once more.
 
+    --check agent also walks over every call that the agent answers, and says of each what came of it and how long it
+    took.
+
     Exit code: 0 every agent answered and every check passed; 6 a guest was wrong; 7 a guest was silent.
     """
     from osbuild import pipeline

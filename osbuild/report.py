@@ -21,6 +21,8 @@ from osbuild.runtime.accel import Accel
 
 SCHEMA: Final = "osbuilder.smoke"
 SCHEMA_VERSION: Final = 1  # a field may be added within a version, never changed or taken away
+# Devices with a partner that lives as long as the boot: an open file, another program.
+_ONCE: Final = ("vhost-vsock-", "vhost-user-vsock-", "socket,id=vsock,")
 CONSOLE_IN_JUNIT: Final = 16 * 1024  # bytes of a console's end; the whole of it lies beside the report
 
 _CODES: Final[Mapping[str, int]] = {"passed": 0, "failed": 6, "unknown": 7}
@@ -135,8 +137,12 @@ class SmokeReport:
 
     def command_text(self) -> str:
         """A shell script that boots the same again, its console on the terminal, nobody speaking to the agent."""
-        lines = [shlex.quote(self.command[0])]
-        for word in self.command[1:]:
+        words = list(self.command)
+        for place in range(len(words) - 1, 0, -1):
+            if words[place].startswith(_ONCE):
+                del words[place - 1 : place + 1]
+        lines = [shlex.quote(words[0])]
+        for word in words[1:]:
             if word.startswith("file,id=console,"):
                 word = "stdio,id=console,signal=on"
             elif word.startswith("socket,id=agent,"):

@@ -66,7 +66,7 @@ def run(
     verdict = Verdict.over(check.verdict for check in seen)
     return SmokeReport(
         name=name,
-        machine=_facts(machine, vmm),
+        machine=_facts(machine, vmm, guest),
         verdict=verdict,
         reason=_reason(verdict, seen, cause, evidence, seconds),
         cause=cause,
@@ -368,7 +368,7 @@ def _kind(root: DiskImage | Initrd) -> str:
     return f"{root.filesystem}{' with DAX' if root.dax else ''}"
 
 
-def _facts(machine: Machine, vmm: str) -> dict[str, str | int]:
+def _facts(machine: Machine, vmm: str, guest: Guest) -> dict[str, str | int]:
     root = machine.root
     return {
         "vmm": vmm,
@@ -376,7 +376,7 @@ def _facts(machine: Machine, vmm: str) -> dict[str, str | int]:
         "kernel": machine.kernel.release,
         "root": str(root.file.path),
         "root_kind": _kind(root),
-        "transport": machine.transport,
+        "transport": guest.channel.name,
         "memory_mib": machine.memory_mib,
         "cpus": machine.cpus,
         "nonce": machine.nonce,

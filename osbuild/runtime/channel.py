@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 from osbuild import command, ttrpc
 from osbuild.agent import NAME
@@ -46,11 +46,17 @@ class Channel(Protocol):
         """Whether it is worth trying."""
         ...
 
+    @property
+    def name(self) -> str:
+        """Of spec.TRANSPORTS."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Serial:
     """The host's end of a virtio-serial port."""
 
+    name: ClassVar[str] = "serial"
     path: Path
 
     @property
@@ -65,6 +71,7 @@ class Serial:
 class Vsock:
     """A guest with a number of its own."""
 
+    name: ClassVar[str] = "vsock"
     cid: int
     port: int = ttrpc.AGENT_PORT
 
@@ -80,6 +87,7 @@ class Vsock:
 class Hybrid:
     """A guest whose vsock is a unix socket on the host."""
 
+    name: ClassVar[str] = "vhost-user-vsock"
     path: Path
     port: int = ttrpc.AGENT_PORT
 
