@@ -192,7 +192,7 @@ def copy_outside(walk: Walk) -> str:
 
 
 def add_swap(walk: Walk) -> str:
-    said = refused(lambda: walk.client.add_swap_path("/dev/no-such-swap", seconds=CALL_SECONDS))
+    said = refused(lambda: walk.client.add_swap_path("/run/no-such-swap", seconds=CALL_SECONDS))
     return f"a device that is not there is refused: {said.message}"
 
 

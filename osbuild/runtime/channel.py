@@ -169,7 +169,8 @@ def opened(kind: str, serial: Path, run: Path, log: Path) -> Iterator[tuple[Chan
     elif kind == "vhost-user-vsock":
         uds, control = run / "vsock.sock", run / "vhost.sock"
         argv = (DAEMON, "--vm", f"guest-cid={_USER_CID},uds-path={uds},socket={control}")
-        with command.start(*argv, cwd=run, log=log, env={"RUST_LOG": "info"}) as process:
+        # It warns of every byte that a guest does not take yet, which while one boots is all of them.
+        with command.start(*argv, cwd=run, log=log, env={"RUST_LOG": "error"}) as process:
             deadline = time.monotonic() + _DAEMON_SECONDS
             while not (control.exists() and uds.exists()):
                 if process.poll() is not None or time.monotonic() > deadline:

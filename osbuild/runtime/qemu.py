@@ -29,6 +29,7 @@ from osbuild.runtime import accel, channel
 from osbuild.runtime.base import CONSOLE, Guest, Machine, least_memory
 
 LOG: Final = "qemu.log"
+VSOCK_LOG: Final = "vsock.log"  # of the program that does the work of a vsock, where there is one
 CHANNEL: Final = "agent.channel.0"  # the serial port's name, as agents of Kata 1.x and ours look for it
 
 _RUN_PREFIX: Final = "osbuilder-run-"
@@ -65,7 +66,7 @@ def start(machine: Machine, work: Path) -> Iterator[Guest]:
         raise HostError(f"cannot write into {work}: {problem.strerror}", hint="name another directory") from problem
     with _run_directory() as run:
         agent = run / "agent.sock"
-        with channel.opened(transport, agent, run, log) as (way, device):
+        with channel.opened(transport, agent, run, (work / VSOCK_LOG).absolute()) as (way, device):
             options = arguments(
                 machine, console=console, agent=agent, accel=chosen.name, sandbox=_has_seccomp(qemu), vsock=device
             )
