@@ -145,12 +145,15 @@ def print_calls(boot: SmokeReport) -> None:
         return
     columns = ("call", "about", "ms", "seconds", "verdict")
     console.print_table(f"{boot.name}: every call of the agent", columns, walk_table(boot.calls))
-    reasons = Counter(call.detail for call in boot.calls if call.verdict == "skipped")
-    lines = [line for reason, count in reasons.items() for line in console.fold(f"{count} skipped: {reason}")]
+    reasons: dict[tuple[str, str], list[Call]] = {}
     for call in boot.calls:
-        if call.verdict in ("failed", "unknown"):
-            about = f"{call.verdict}: {call.call}, {call.about}: {call.detail}"
-            lines += console.fold(about, hanging="  ")
+        if call.verdict != "passed":
+            reasons.setdefault((call.verdict, call.detail), []).append(call)
+    lines: list[str] = []
+    for (verdict, detail), calls in reasons.items():
+        first, more = calls[0], f" and {len(calls) - 1} more" if len(calls) > 1 else ""
+        name = first.call.rpartition("/")[2]
+        lines += console.fold(f"{verdict}: {name}, {first.about}{more}: {detail}", hanging="  ")
     console.print_lines(lines)
 
 

@@ -475,4 +475,4 @@ def test_a_walk_is_a_table_for_people(boot: Boot, capsys: pytest.CaptureFixture[
     results.print_boots(Report(boots=(report,)), tmp_path)
     shown = capsys.readouterr().out
     assert re.search(r"^Check +it serves +[0-9.]+ +0\.[0-9]+ +passed *$", shown, re.MULTILINE), shown
-    assert "failed: grpc.AgentService/CreateSandbox, a sandbox begins: " in shown.replace("\n  ", " ")
+    assert "failed: CreateSandbox, a sandbox begins: " in shown.replace("\n  ", " ")
