@@ -9,6 +9,8 @@
 extern const struct ttrpc_method_row container_calls[];
 
 bool container_supports_seccomp(void);
+/* There is one at least. */
+bool container_any(void);
 /* Kill and remove all containers, without waiting for anybody: DestroySandbox. */
 void container_destroy_all(void);
 

@@ -2,6 +2,7 @@
 #include "guest.h"
 
 #include "log.h"
+#include "mountinfo.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -76,52 +77,8 @@ static bool read_text(const char *path, char *text, size_t size)
 
 /* --- mounts --- */
 
-/* A line of mountinfo: id parent maj:min root target options [tags…] - type source options. */
-struct mounted {
-    char *device;
-    char *target;
-    char *options;
-    char *type;
-    char *source;
-    char *super_options;
-};
-
-static bool split_mountinfo(char *line, struct mounted *mounted)
-{
-    char *rest = line;
-    char *words[6];
-    for (size_t i = 0; i < 6; i++) {
-        words[i] = strsep(&rest, " ");
-        if (rest == NULL)
-            return false;
-    }
-    *mounted = (struct mounted){.device = words[2], .target = words[4], .options = words[5]};
-    for (char *tag = strsep(&rest, " "); tag != NULL && strcmp(tag, "-") != 0;)
-        tag = strsep(&rest, " ");
-    mounted->type = strsep(&rest, " ");
-    mounted->source = strsep(&rest, " ");
-    mounted->super_options = strsep(&rest, "\n");
-    return mounted->super_options != NULL;
-}
-
-/* The kernel writes a space in a path as \040. The text only gets shorter. */
-static void unescape(char *text)
-{
-    char *to = text;
-    for (const char *from = text; *from != '\0'; to++) {
-        if (from[0] == '\\' && from[1] >= '0' && from[1] <= '3' && from[2] >= '0' && from[2] <= '7' &&
-            from[3] >= '0' && from[3] <= '7') {
-            *to = (char)((from[1] - '0') << 6 | (from[2] - '0') << 3 | (from[3] - '0'));
-            from += 4;
-        } else {
-            *to = *from++;
-        }
-    }
-    *to = '\0';
-}
-
 /* What is mounted on `target`, seen last: the later covers the earlier. The line is the caller's to free. */
-static char *find_mount(const char *target, struct mounted *found)
+static char *find_mount(const char *target, struct mountinfo *found)
 {
     FILE *file = fopen("/proc/self/mountinfo", "re");
     if (file == NULL)
@@ -130,10 +87,9 @@ static char *find_mount(const char *target, struct mounted *found)
     char *line = NULL;
     size_t size = 0;
     while (getline(&line, &size, file) > 0) {
-        struct mounted mounted;
-        if (!split_mountinfo(line, &mounted))
+        struct mountinfo mounted;
+        if (!mountinfo_split(line, &mounted))
             continue;
-        unescape(mounted.target);
         if (strcmp(mounted.target, target) != 0)
             continue;
         free(kept);
@@ -152,7 +108,7 @@ static bool already_mounted(const struct mount_row *row)
     struct statfs statistics;
     if (strcmp(row->type, "proc") == 0) /* mountinfo is not there to be asked yet */
         return statfs(row->target, &statistics) == 0 && statistics.f_type == PROC_SUPER_MAGIC;
-    struct mounted found;
+    struct mountinfo found;
     char *line = find_mount(row->target, &found);
     bool same = line != NULL && strcmp(found.type, row->type) == 0;
     free(line);
@@ -186,7 +142,7 @@ static bool has_option(const char *list, const char *option, size_t size)
 }
 
 /* The options of the mount, then those of the filesystem that do not just repeat them; as many as fit. */
-static void join_options(const struct mounted *root, char *joined, size_t size)
+static void join_options(const struct mountinfo *root, char *joined, size_t size)
 {
     snprintf(joined, size, "%s", root->options);
     for (const char *at = root->super_options; *at != '\0';) {
@@ -198,25 +154,9 @@ static void join_options(const struct mounted *root, char *joined, size_t size)
     }
 }
 
-/* The kernel calls what it mounted at boot /dev/root: its number knows the real name. */
-static void name_device(const struct mounted *root, char *name, size_t size)
-{
-    char link[64];
-    char target[512];
-    snprintf(link, sizeof link, "/sys/dev/block/%s", root->device);
-    ssize_t length = readlink(link, target, sizeof target - 1);
-    if (length <= 0) {
-        snprintf(name, size, "%s", root->source);
-        return;
-    }
-    target[length] = '\0';
-    const char *slash = strrchr(target, '/');
-    snprintf(name, size, "/dev/%s", slash == NULL ? target : slash + 1);
-}
-
 void guest_log_root(void)
 {
-    struct mounted root;
+    struct mountinfo root;
     char *line = find_mount("/", &root);
     if (line == NULL) {
         LOG(LOG_WARN, SUBSYSTEM, "cannot tell what the root is", LOG_STRING("what", "/proc/self/mountinfo"));
@@ -224,8 +164,7 @@ void guest_log_root(void)
     }
     char device[560];
     char options[1024];
-    unescape(root.source);
-    name_device(&root, device, sizeof device);
+    mountinfo_device(&root, device, sizeof device);
     join_options(&root, options, sizeof options);
     LOG(LOG_INFO, SUBSYSTEM, "root mounted", LOG_STRING("fstype", root.type), LOG_STRING("device", device),
         LOG_STRING("options", options));

@@ -185,6 +185,7 @@ struct optional_u32 {
 #define MESSAGE_copy_file_request(T, F, ONE, MANY) \
     F(T, 1, TEXT, path) F(T, 2, I64, file_size) F(T, 3, U32, file_mode) F(T, 4, U32, dir_mode) F(T, 5, I32, uid) \
     F(T, 6, I32, gid) F(T, 7, I64, offset) F(T, 8, BYTES, data)
+#define MESSAGE_add_swap_request(T, F, ONE, MANY) F(T, 1, NUMBERS, pci_path)
 #define MESSAGE_add_swap_path_request(T, F, ONE, MANY) F(T, 1, TEXT, path)
 #define MESSAGE_volume_stats_request(T, F, ONE, MANY) F(T, 1, TEXT, volume_guest_path)
 #define MESSAGE_check_request(T, F, ONE, MANY) F(T, 1, TEXT, service)
@@ -220,7 +221,8 @@ struct optional_u32 {
     X(reseed_random_dev_request, "grpc.ReseedRandomDevRequest") X(guest_details_request, "grpc.GuestDetailsRequest") \
     X(mem_hotplug_by_probe_request, "grpc.MemHotplugByProbeRequest") \
     X(set_guest_date_time_request, "grpc.SetGuestDateTimeRequest") X(copy_file_request, "grpc.CopyFileRequest") \
-    X(add_swap_path_request, "grpc.AddSwapPathRequest") X(volume_stats_request, "grpc.VolumeStatsRequest") \
+    X(add_swap_request, "grpc.AddSwapRequest") X(add_swap_path_request, "grpc.AddSwapPathRequest") \
+    X(volume_stats_request, "grpc.VolumeStatsRequest") \
     X(check_request, "grpc.CheckRequest")
 
 #define MESSAGE_FIELD(type, number, KIND, name) MESSAGE_C_##KIND name;

@@ -23,7 +23,8 @@ from osbuild.runtime.base import Guest, Machine
 _SECONDS: Final = 20.0
 _UNIFIED: Final = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))  # where a host has cgroup version 2
 # $1: the program; $2: its socket; $3: a directory of cgroup version 2. What the agent touches is its own: mounts,
-# processes, network, names, cgroups.
+# processes, network, names, cgroups. What has no namespace it may not touch: clock, modules, power,
+# /sys.
 _CONTAIN: Final = """
 set -e
 mkdir -p "$3"
@@ -31,8 +32,9 @@ echo $$ > "$3/cgroup.procs"
 exec unshare --mount --pid --net --ipc --uts --cgroup --fork --kill-child --mount-proc sh -c '
   mount -t tmpfs tmpfs /run
   mount -t tmpfs tmpfs /var/tmp
+  mount -o remount,bind,ro /sys
   mkdir -p /run/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup
-  exec "$0" --listen "unix:$1"' "$1" "$2"
+  exec setpriv --bounding-set=-sys_time,-sys_module,-sys_boot "$0" --listen "unix:$1"' "$1" "$2"
 """
 
 
@@ -64,6 +66,19 @@ def contained(program: Path, log: Path) -> Iterator[tuple[AgentClient, subproces
             _remove(cgroup)
 
 
+def agent_pid(process: subprocess.Popen[bytes]) -> int:
+    """The number that the agent of `contained` has on this host."""
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+
+
+def inside(process: subprocess.Popen[bytes], *argv: str) -> str:
+    """What a program prints that sees the mounts, the network and the names that the agent of `contained` sees."""
+    enter = ("nsenter", f"--target={agent_pid(process)}", "--mount", "--net", "--ipc", "--uts", "--pid")
+    done = subprocess.run((*enter, *argv), capture_output=True, text=True, timeout=_SECONDS, check=False)
+    assert done.returncode == 0, f"{' '.join(argv)} inside: {done.stderr}"
+    return done.stdout
+
+
 def _remove(cgroup: Path) -> None:
     """Nothing runs in it any more: the namespace's first process has ended."""
     for child, _, _ in os.walk(cgroup, topdown=False):
@@ -72,9 +87,11 @@ def _remove(cgroup: Path) -> None:
 
 
 @contextlib.contextmanager
-def booted(kernel: Kernel, root: Initrd, work: Path, *, memory_mib: int = 256, cpus: int = 1) -> Iterator[AgentClient]:
+def booted(
+    kernel: Kernel, root: Initrd, work: Path, *, memory_mib: int = 256, cpus: int = 1, words: tuple[str, ...] = ()
+) -> Iterator[AgentClient]:
     """The agent as PID 1 of a guest; the console is work/console.log."""
-    machine = Machine(kernel=kernel, root=root, memory_mib=memory_mib, cpus=cpus, accel="tcg")
+    machine = Machine(kernel=kernel, root=root, memory_mib=memory_mib, cpus=cpus, accel="tcg", words=words)
     work.mkdir(exist_ok=True)
     with RUNTIMES["qemu"].start(machine, work) as guest, _connected(guest) as connection:
         client = AgentClient(connection)

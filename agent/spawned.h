@@ -1,0 +1,21 @@
+/* The child's side of spawn.h. */
+#ifndef AGENT_SPAWNED_H
+#define AGENT_SPAWNED_H
+
+#include "spawn.h"
+
+struct spawned_files { /* the child's ends; -1 where there is none */
+    int in;
+    int out;
+    int err;
+    int channel;
+};
+
+struct spawned_report {
+    bool ready;
+    struct failure failure;
+};
+
+_Noreturn void spawned_main(const struct plan *plan, const struct spawned_files *files);
+
+#endif
