@@ -182,6 +182,9 @@ def smoke(
 ) -> None:
     """Boot what a build made once more.
 
+    --check agent also walks over every call that the agent answers, and says of each what came of it and how long it
+    took.
+
     Exit code: 0 every agent answered and every check passed; 6 a guest was wrong; 7 a guest was silent.
     """
     from osbuild import pipeline
@@ -502,7 +505,7 @@ def _report_json(report: Report) -> dict[str, Any]:
         "verdict": report.verdict,
         "boots": [
             {"name": boot.name, "verdict": boot.verdict, "reason": boot.reason, "accel": boot.accel.name,
-             "seconds": round(boot.seconds, 3)}
+             "seconds": round(boot.seconds, 3), "calls": boot.to_dict()["calls"]}
             for boot in report.boots
         ],
     }  # fmt: skip

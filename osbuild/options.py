@@ -34,7 +34,7 @@ from osbuild.filesystem import FILESYSTEMS
 from osbuild.limits import Limits, option_name
 from osbuild.nvdimm_image import ALIGN
 from osbuild.oci import Platform, parse_platform
-from osbuild.spec import KINDS, Addition, BuildSpec, DiskSpec, GuestSpec, RegistrySpec, RootfsSpec
+from osbuild.spec import CHECKS, KINDS, Addition, BuildSpec, DiskSpec, GuestSpec, RegistrySpec, RootfsSpec
 from osbuild.tree import quote
 from osbuild.verity import parse_salt
 
@@ -73,6 +73,11 @@ _WRITABLE_HELP: Final = (
     "the filesystem is good for a guest that has a copy of its own and writes to it: a journal, inodes to spare. As a "
     "disk it is mounted rw; as an NVDIMM, which guests share, it stays read-only"
 )
+_TRANSPORT_HELP: Final = (
+    "how the agent is asked: serial, vsock (/dev/vhost-vsock), vhost-user-vsock (by the program vhost-device-vsock); "
+    "auto (the default): serial where the agent is osbuilder's, else vsock"
+)
+_CHECK_HELP: Final = "agent walks over every call that it answers, which takes a while and is left out unless asked for"
 _VERITY_HELP: Final = (
     "add a hash tree for dm-verity as partition 2 (sha256, blocks of 4 KiB), and say what the kernel must be told; a "
     "boot uses either verity or DAX, and the file is good for both"
@@ -122,6 +127,8 @@ OPTIONS: Final = (
     Option("memory", int, "guest", "MiB for each guest, 64 at least; as much as it needs when not given"),
     Option("cpus", int, "guest", "processors for each guest, 1 when not given"),
     Option("timeout", float, "guest", "seconds that a guest has to answer, 60 when not given"),
+    Option("transport", str, "guest", _TRANSPORT_HELP),
+    Option("check", list, "guest", f"look at this only: {', '.join(CHECKS)}; may be given again. {_CHECK_HELP}"),
     Option("mirror", list, "registry", "HOST=MIRROR, a registry to try before HOST; may be given again"),
     Option("insecure-registry", list, "registry", "HOST[:PORT] that may speak plain HTTP; may be given again"),
     Option("authfile", Path, "registry", "credentials, instead of ~/.docker/config.json"),
@@ -259,7 +266,8 @@ def guest_spec(words: Words) -> GuestSpec:
     """How to boot what was made."""
     return GuestSpec(
         memory_mib=words.get("memory", 0), cpus=words.get("cpus", 1), accel=words.get("accel", "auto"),
-        seconds=words.get("timeout", 60.0),
+        seconds=words.get("timeout", 60.0), transport=words.get("transport", "auto"),
+        checks=tuple(words.get("check", ())),
     )  # fmt: skip
 
 

@@ -258,7 +258,7 @@ def boot(
     """Boot one root and ask its agent; a guest that fails is a report, not an error."""
     machine = dataclasses.replace(machine_for(wishes, kernel, root), agent=agent)
     with show.step(f"booting the {name}", name=f"boot {name}") as step:
-        report = smoke.run(machine, out / "smoke" / name, name=name, seconds=wishes.seconds)
+        report = smoke.run(machine, out / "smoke" / name, name=name, seconds=wishes.seconds, checks=wishes.checks)
         step.bad = report.verdict is not Verdict.passed
         step.note = str(report.verdict) if step.bad else report.accel.name  # the reason is in the report
     return report
@@ -273,7 +273,9 @@ def check_guests(wishes: GuestSpec, kernel: Kernel, roots: Mapping[str, DiskImag
 def machine_for(wishes: GuestSpec, kernel: Kernel, root: DiskImage | Initrd) -> Machine:
     """What to boot, as large as it was asked for, or as it needs."""
     memory = wishes.memory_mib or memory_for(root, kernel)
-    return Machine(kernel=kernel, root=root, memory_mib=memory, cpus=wishes.cpus, accel=wishes.accel)
+    return Machine(
+        kernel=kernel, root=root, memory_mib=memory, cpus=wishes.cpus, accel=wishes.accel, transport=wishes.transport
+    )
 
 
 def memory_for(root: DiskImage | Initrd, kernel: Kernel) -> int:

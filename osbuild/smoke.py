@@ -7,22 +7,25 @@ watcher       another thread: reads the console as it grows, and ends what is be
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from osbuild import autopsy, ttrpc
+from osbuild import autopsy, ttrpc, walk_check
 from osbuild.agent import NAME
 from osbuild.agent_binary import UNKNOWN
 from osbuild.agent_client import AgentClient
 from osbuild.artifacts import DiskImage, Initrd
 from osbuild.errors import SpecError
-from osbuild.report import Cause, Check, SmokeReport, Verdict, printable, tail
+from osbuild.findings import Unclear, Wrong
+from osbuild.report import Call, Cause, Check, SmokeReport, Verdict, printable, tail
 from osbuild.runtime import RUNTIMES
 from osbuild.runtime.base import Guest, Machine
+from osbuild.tree import quote
 from osbuild.watcher import OnEvent, Watcher
 
 SECONDS: Final = 60.0
@@ -37,14 +40,6 @@ _NOT_REACHED: Final = "not reached"
 _LAST_CHARACTERS: Final = 60  # of a console's last line, in a reason
 
 
-class Wrong(Exception):  # noqa: N818 - a finding, not an error
-    """A check saw something other than it should."""
-
-
-class Unclear(Exception):  # noqa: N818 - nor is this
-    """A check could not see."""
-
-
 def run(
     machine: Machine,
     work: Path,
@@ -52,30 +47,35 @@ def run(
     name: str = "boot",
     vmm: str = "qemu",
     seconds: float = SECONDS,
+    checks: Iterable[str] = (),
     on_event: OnEvent | None = None,
 ) -> SmokeReport:
-    """Boot `machine` once and look at everything in CHECKS; its console and logs stay in `work`."""
+    """Boot `machine` once and look at what `select` gives; its console and logs stay in `work`."""
+    selected = select(checks)
+    if WALK in selected and not machine.mac:
+        machine = dataclasses.replace(machine, mac=walk_check.MAC)
     if vmm not in RUNTIMES:
         raise SpecError(f"no VMM {vmm!r}", hint=f"one of {', '.join(RUNTIMES)}")
     before = _stamps(machine)
     with RUNTIMES[vmm].start(machine, work) as guest, Watcher(guest, on_event) as watcher:
         session = Session(machine=machine, guest=guest, watcher=watcher, deadline=guest.started + seconds)
-        checks = session.go_through(CHECKS)
-        evidence = watcher.finish(answered=checks[0].verdict is Verdict.passed, gone=session.gone)
-    checks.append(_console_is_clean(evidence, lost=session.lost))
-    checks.append(_unchanged(before, _stamps(machine)))
+        seen = session.go_through(selected)
+        evidence = watcher.finish(answered=seen[0].verdict is Verdict.passed, gone=session.gone)
+    seen.append(_console_is_clean(evidence, lost=session.lost))
+    seen.append(_unchanged(before, _stamps(machine)))
     took = time.monotonic() - guest.started
     cause = autopsy.explain(evidence) if session.lost else None
     if cause is not None:
-        checks = [_blame(check, cause) for check in checks]
-    verdict = Verdict.over(check.verdict for check in checks)
+        seen = [_blame(check, cause) for check in seen]
+    verdict = Verdict.over(check.verdict for check in seen)
     return SmokeReport(
         name=name,
-        machine=_facts(machine, vmm),
+        machine=_facts(machine, vmm, guest),
         verdict=verdict,
-        reason=_reason(verdict, checks, cause, evidence, seconds),
+        reason=_reason(verdict, seen, cause, evidence, seconds),
         cause=cause,
-        checks=tuple(checks),
+        checks=tuple(seen),
+        calls=tuple(session.calls),
         timeline=watcher.timeline,
         seconds=took,
         accel=guest.accel,
@@ -98,6 +98,8 @@ class Session:
         self.deadline = deadline
         self.lost = False  # the guest fell silent or went away: the console knows more than the check does
         self.gone = False  # it went away
+        self.calls: list[Call] = []  # of the walk
+        self._connection: ttrpc.Connection | None = None
         self._client: AgentClient | None = None
         self._connections = contextlib.ExitStack()
 
@@ -110,8 +112,20 @@ class Session:
     def client(self) -> AgentClient:
         """The agent, connected to when first asked for."""
         if self._client is None:
-            self._client = AgentClient(self._connections.enter_context(self._connect()))
+            self._client = AgentClient(self.connection)
         return self._client
+
+    @property
+    def connection(self) -> ttrpc.Connection:
+        """The connection under it."""
+        if self._connection is None:
+            self._connection = self._connections.enter_context(self._connect())
+        return self._connection
+
+    @property
+    def service(self) -> bool:
+        """The agent is one of systemd's services: who names a unit to systemd boots such a guest."""
+        return any(word.startswith("systemd.unit=") for word in self.machine.root.words)
 
     def go_through(self, checks: Mapping[str, CheckFunction]) -> list[Check]:
         """Every check in order; once the guest is lost the rest is unknown."""
@@ -138,12 +152,12 @@ class Session:
 
     def _connect(self) -> ttrpc.Connection:
         while self.guest.process.poll() is None:
-            if not self.guest.agent.exists():
+            if not self.guest.channel.ready:
                 time.sleep(_POLL_SECONDS)
             else:
                 # A VMM that made its channel may die the next moment: look at it from time to time.
                 with contextlib.suppress(ttrpc.CallTimeout):
-                    return ttrpc.connect_unix(self.guest.agent, min(_CONNECT_SECONDS, self.left))
+                    return self.guest.channel.connect(min(_CONNECT_SECONDS, self.left))
             if time.monotonic() > self.deadline:
                 raise ttrpc.CallTimeout("the VMM has no channel to the agent")
         raise ttrpc.PeerClosed("the VMM ended before there was a channel to the agent")
@@ -168,11 +182,9 @@ def agent_version(session: Session) -> str:
 
 def agent_details(session: Session) -> str:
     details = session.client.guest_details(seconds=min(_CALL_SECONDS, session.left))
-    # Who names a unit to systemd boots an agent that is a service.
-    service = any(word.startswith("systemd.unit=") for word in session.machine.root.words)
-    if details.agent.init_daemon is service:
-        raise Wrong(f"the agent says that it is {'' if service else 'not '}PID 1")
-    return f"{'a service' if service else 'PID 1'}, {details.agent.version}"
+    if details.agent.init_daemon is session.service:
+        raise Wrong(f"the agent says that it is {'' if session.service else 'not '}PID 1")
+    return f"{'a service' if session.service else 'PID 1'}, {details.agent.version}"
 
 
 def _logs_as_ours(session: Session) -> bool:
@@ -243,6 +255,22 @@ def nonce_agrees(session: Session) -> str:
     return "this run's"
 
 
+def every_call(session: Session) -> str:
+    began = time.monotonic()
+    rows = walk_check.walk(session.connection, session.machine, init=not session.service)
+    session.deadline += time.monotonic() - began  # each of its calls has had a deadline
+    session.calls += [
+        Call(
+            call=row.call, about=row.about, verdict=str(row.verdict), detail=printable(row.detail),
+            seconds=row.seconds, calls=row.calls, call_seconds=row.call_seconds,
+        )
+        for row in rows
+    ]  # fmt: skip
+    if walk_check.gone(rows):
+        session.lost = session.gone = True
+    return walk_check.judge(rows)
+
+
 def powers_off(session: Session) -> str:
     with contextlib.suppress(ttrpc.PeerClosed):  # it may be gone before its answer is
         session.client.destroy_sandbox(seconds=min(_CALL_SECONDS, session.left))
@@ -266,8 +294,26 @@ CHECKS: Final[Mapping[str, CheckFunction]] = {
     "agent.details": agent_details,
     "root": root_mounted,
     "nonce": nonce_agrees,
+    "agent": every_call,
     "poweroff": powers_off,
 }
+WALK: Final = "agent"
+_FIRST: Final = "agent.check"  # without it nothing else can be asked
+_ON_REQUEST: Final = frozenset((WALK,))
+
+
+def select(names: Iterable[str]) -> dict[str, CheckFunction]:
+    """The checks of these names, in order; of none, all that take no time.
+
+    A walk's last call is the one that ends a guest, so that is looked at too.
+    """
+    wanted = set(names)
+    if unknown := sorted(wanted - CHECKS.keys()):
+        raise SpecError(f"no check {quote(unknown[0])}", hint=f"one of {', '.join(CHECKS)}")
+    wanted = wanted | {_FIRST} if wanted else CHECKS.keys() - _ON_REQUEST
+    if WALK in wanted:
+        wanted = wanted | {"poweroff"}
+    return {name: function for name, function in CHECKS.items() if name in wanted}
 
 
 # --- What it comes to -----------------------------------------------------------------------------------------------
@@ -353,7 +399,7 @@ def _kind(root: DiskImage | Initrd) -> str:
     return f"{root.filesystem}{' with DAX' if root.dax else ''}"
 
 
-def _facts(machine: Machine, vmm: str) -> dict[str, str | int]:
+def _facts(machine: Machine, vmm: str, guest: Guest) -> dict[str, str | int]:
     root = machine.root
     return {
         "vmm": vmm,
@@ -361,6 +407,7 @@ def _facts(machine: Machine, vmm: str) -> dict[str, str | int]:
         "kernel": machine.kernel.release,
         "root": str(root.file.path),
         "root_kind": _kind(root),
+        "transport": guest.channel.name,
         "memory_mib": machine.memory_mib,
         "cpus": machine.cpus,
         "nonce": machine.nonce,

@@ -58,6 +58,8 @@ source = "linux.tar.xz"
 
 [guest]
 accel = "tcg"
+transport = "serial"
+check = ["agent", "root"]
 memory = 512
 cpus = 2
 timeout = 9
@@ -92,6 +94,7 @@ def test_a_file_can_say_every_word_there_is(tmp_path: Path) -> None:
     assert (spec.features, spec.kernel_source) == (("xfs",), tmp_path / "linux.tar.xz")
     assert spec.limits.entries == 5
     assert (spec.guest.memory_mib, spec.guest.cpus, spec.guest.accel, spec.guest.seconds) == (512, 2, "tcg", 9.0)
+    assert (spec.guest.transport, spec.guest.checks) == ("serial", ("agent", "root"))
     assert spec.rootfs.init == "systemd"
     assert spec.rootfs.slim
     assert spec.rootfs.agent == str(tmp_path / "kata-static-agent.tar.zst")
