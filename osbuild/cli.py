@@ -104,6 +104,8 @@ def rootfs(
     if render:
         sys.stdout.write(_dockerfile(words).text)
         return
+    if explain and (raw or tar is not None):
+        raise SpecError("--explain is about the policy: no --raw and no --tar beside it", hint="run it once for each")
     if tar is not None:
         results.check_tar(tar)
     show = console.Show(quiet=quiet)

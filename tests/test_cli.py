@@ -175,6 +175,14 @@ def test_an_explanation_begins_with_what_was_changed(layout: Path) -> None:
     assert "1 more" not in said
 
 
+@pytest.mark.parametrize("words", ["--raw", "--tar {0}/out.tar", "--raw --json", "--raw --tar -"])
+def test_an_explanation_is_of_the_policy_and_writes_nothing(words: str, layout: Path, tmp_path: Path) -> None:
+    done = run("rootfs", f"oci:{layout}", "--explain", "--quiet", *words.format(tmp_path).split())
+    assert done.returncode == 2
+    assert "--explain is about the policy" in one_line(done.stderr)
+    assert not (tmp_path / "out.tar").exists()
+
+
 @pytest.mark.parametrize("command", ["image", "initrd", "build", "rootfs"])
 def test_what_is_read_is_never_written_to(command: str, layout: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.tar"
