@@ -104,7 +104,11 @@ def rootfs(
     if render:
         sys.stdout.write(_dockerfile(words).text)
         return
+    if explain and (raw or tar is not None):
+        raise SpecError("--explain is about the policy: no --raw and no --tar beside it", hint="run it once for each")
     if tar is not None:
+        if as_json and str(tar) == "-":
+            raise SpecError("--json and --tar - both want standard output", hint="write the tar to a file")
         results.check_tar(tar)
     show = console.Show(quiet=quiet)
     spec = build_spec(_image(image, words, show), Path(), words, smoke=False)
