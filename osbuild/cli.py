@@ -163,7 +163,12 @@ def image(
 def initrd(
     words: Words, image: Image = "", out: OutFile = Path("guest.initrd"), as_json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Only the initramfs, with the agent in it."""
+    """Only the initramfs, with the agent in it.
+
+    JSON: {"path", "size", "sha256", "compression", "unpacked", "entries", "memory", "skipped", "lost_xattrs"}: memory
+    is what a guest needs to unpack it, in bytes; skipped are sockets; lost_xattrs, inodes with attributes that it
+    cannot hold.
+    """
     from osbuild import pipeline
     from osbuild.sources import check_apart
 
@@ -172,7 +177,10 @@ def initrd(
     spec = build_spec(_image(image, words, show), out.parent, words, kinds=("initrd",), smoke=False)
     check_apart(spec.image, out)
     made = pipeline.make_initrd(spec, pipeline.open_rootfs(spec, default_cache(), show), out, show)
-    about = {"compression": made.compression, "unpacked": made.unpacked, "memory": made.memory}
+    about = {
+        "compression": made.compression, "unpacked": made.unpacked, "entries": made.entries, "memory": made.memory,
+        "skipped": made.skipped, "lost_xattrs": made.lost_xattrs,
+    }  # fmt: skip
     _print_file(made.file, about, as_json=as_json)
 
 
@@ -399,8 +407,8 @@ def inspect(
     """Say what a file holds, draw where it lies, and check all of it.
 
     Both MBRs, the nd_pfn superblock, the filesystem with every inode, the hash tree; and what a guest would see of it
-    as an NVDIMM, through virtio-pmem and through virtio-blk. What a hash tree must come to is also taken from a
-    manifest.json beside the file.
+    as an NVDIMM, through virtio-pmem and through virtio-blk. Of a qcow2 file its tables, not the disk in it. When a
+    manifest.json of ours lies beside the file, size, sha256 and what the hash tree must come to are held against it.
 
     Exit code: 0 nothing is wrong with it; 3 something is, or it is nothing that is known here.
     """

@@ -141,7 +141,8 @@ class Tree(Mapping[str, Entry]):
                 path, number, entry.mode, entry.uid, entry.gid, entry.mtime_ns, entry.target,
                 entry.major, entry.minor, sorted(entry.xattrs.items()), entry.content.size,
             )  # fmt: skip
-            total.update(repr(fields).encode(errors="surrogateescape") + b"\n")
+            # Not repr(): which characters that writes as they are depends on the Unicode tables of each Python.
+            total.update(ascii(fields).encode() + b"\n")
             if first and entry.is_file:
                 for chunk in entry.content.chunks():
                     total.update(chunk)
