@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Final
@@ -29,7 +31,8 @@ _IDS: Final = 65536
 _UNIFIED: Final = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))
 _READ_ONLY: Final = ("usr", "bin", "sbin", "lib", "lib64")
 _DEVICES: Final = ("null", "zero", "full", "random", "urandom", "tty")
-_LIMITS: Final = {"memory.max": str(3 << 30), "memory.swap.max": "0", "pids.max": "300"}
+_PROCESSES: Final = 300
+_LIMITS: Final = {"memory.max": str(3 << 30), "memory.swap.max": "0", "pids.max": str(_PROCESSES)}
 # Mounted by the jail's own root, so that they are its own.
 _WITHIN: Final = """
 set -e
@@ -60,9 +63,10 @@ def main() -> int:
     _give_away(work)
     _make_cgroup(cgroup)
     mapped, ready = os.pipe(), os.pipe()
+    root = Path(tempfile.mkdtemp(prefix="jail-"))
     child = os.fork()
     if child == 0:
-        _within(work, cgroup, sys.argv[2:], mapped=mapped[0], ready=ready[1])
+        _within(work, root, cgroup, sys.argv[2:], mapped=mapped[0], ready=ready[1])
     try:
         os.read(ready[0], 1)  # its user namespace is there
         for kind in ("uid", "gid"):
@@ -72,6 +76,7 @@ def main() -> int:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     finally:
         _end(cgroup)
+        root.rmdir()
 
 
 def _give_away(work: Path) -> None:
@@ -88,14 +93,15 @@ def _make_cgroup(path: Path) -> None:
         os.chown(path / name, _NOBODY, _NOBODY)
 
 
-def _within(work: Path, cgroup: Path, argv: list[str], *, mapped: int, ready: int) -> None:
+def _within(work: Path, root: Path, cgroup: Path, argv: list[str], *, mapped: int, ready: int) -> None:
     try:
         (cgroup / "cgroup.procs").write_text("0")
         _unshare(_NEWNS)
-        _build_root(work)
+        _build_root(work, root)
         _unshare(_EVERYTHING)
         os.write(ready, b"!")
         os.read(mapped, 1)
+        resource.setrlimit(resource.RLIMIT_NPROC, (_PROCESSES, _PROCESSES))  # where the cgroup has no such limit
         os.setgroups([])
         os.setresgid(0, 0, 0)
         os.setresuid(0, 0, 0)
@@ -118,11 +124,9 @@ def _mount(*argv: str) -> None:
     subprocess.run(["mount", *argv], check=True)
 
 
-def _build_root(work: Path) -> None:
+def _build_root(work: Path, root: Path) -> None:
     """A tmpfs with this machine's programs, read-only, in place of the root."""
     _mount("--make-rprivate", "/")
-    root = Path("/tmp") / f"jail-root-{os.getpid()}"
-    root.mkdir()
     _mount("-t", "tmpfs", "-o", "size=64m,mode=755", "tmpfs", str(root))
     for name in ("proc", "sys", "run", "tmp", "var/tmp", "dev/pts", "etc", "work", "jail", "old", "rootfs"):
         (root / name).mkdir(parents=True)
