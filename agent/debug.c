@@ -4,13 +4,14 @@
 #include "guest.h"
 #include "log.h"
 
+#include <sys/socket.h> /* before vm_sockets.h, which in older headers needs it and does not say so */
+
 #include <errno.h>
 #include <linux/vm_sockets.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
 

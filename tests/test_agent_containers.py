@@ -31,19 +31,19 @@ pytestmark = [
     pytest.mark.skipif(not BUSYBOX.exists(), reason="a static busybox is not installed"),
 ]
 
-Agent = tuple[Containers, "subprocess.Popen[bytes]"]
+Pod = tuple[Containers, "subprocess.Popen[bytes]"]
 TRUE: Final = process("true")
 
 
 @pytest.fixture(scope="module")
-def agent(sanitized_agent: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
+def pod(sanitized_agent: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
     with contained(sanitized_agent, tmp_path_factory.mktemp("agent") / "log") as (client, started):
         yield Containers(client), started
 
 
 @pytest.fixture
-def containers(agent: Agent) -> Containers:
-    return agent[0]
+def containers(pod: Pod) -> Containers:
+    return pod[0]
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,8 @@ def test_a_container_cannot_be_started_twice_or_made_twice(containers: Container
     assert containers.run(description(root, TRUE), name=name) == (0, "")
 
 
-def test_nothing_is_left_of_many_containers(agent: Agent, root: Path) -> None:
-    containers, started = agent
+def test_nothing_is_left_of_many_containers(pod: Pod, root: Path) -> None:
+    containers, started = pod
     containers.run(description(root, TRUE))
     before = left(started)
     for _ in range(40):
@@ -151,8 +151,8 @@ def test_what_a_container_cannot_have_is_told_in_words_and_it_can_be_removed(
         containers.run({**description(root, TRUE), **oci})
 
 
-def test_a_container_of_which_a_step_failed_is_gone_and_its_id_is_free(agent: Agent, root: Path) -> None:
-    containers, started = agent
+def test_a_container_of_which_a_step_failed_is_gone_and_its_id_is_free(pod: Pod, root: Path) -> None:
+    containers, started = pod
     before = left(started)
     with pytest.raises(StatusError):
         containers.create(description(root / "absent", TRUE), name="again")
@@ -220,8 +220,8 @@ def test_a_read_only_root_cannot_be_written_to_but_its_mounts_can(containers: Co
     assert (status, [line for line in text.splitlines() if "touch" not in line]) == (0, ["refused", "fine"])
 
 
-def test_the_hostname_is_set_only_in_a_uts_namespace_of_its_own(agent: Agent, root: Path) -> None:
-    containers, started = agent
+def test_the_hostname_is_set_only_in_a_uts_namespace_of_its_own(pod: Pod, root: Path) -> None:
+    containers, started = pod
     before = inside(started, "hostname")
     assert containers.run(description(root, process("hostname"), Hostname="box")) == (0, "box\n")
     assert inside(started, "hostname") == before

@@ -11,9 +11,10 @@ from typing import Final
 
 import pytest
 
+from osbuild.artifacts import Initrd, Kernel
 from osbuild.ttrpc import StatusError
 from tests.agent_container import DEV, PROC, PTS, SYS, Containers, Message, description, make_root, process
-from tests.agent_guest import agent_pid, contained, inside
+from tests.agent_guest import agent_pid, booted, contained, inside
 from tests.agent_program import BUSYBOX
 
 pytestmark = [
@@ -21,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not BUSYBOX.exists(), reason="a static busybox is not installed"),
 ]
 
-Agent = tuple[Containers, "subprocess.Popen[bytes]"]
+Pod = tuple[Containers, "subprocess.Popen[bytes]"]
 MASKED: Final = ["/proc/kcore", "/proc/keys", "/proc/cpuinfo", "/proc/driver", "/proc/absent", "/sys/firmware"]
 READ_ONLY: Final = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 ALL: Final = ("CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_KILL",
@@ -29,14 +30,14 @@ ALL: Final = ("CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_DAC_OVERRIDE", "CAP_DAC_RE
 
 
 @pytest.fixture(scope="module")
-def agent(sanitized_agent: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
+def pod(sanitized_agent: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
     with contained(sanitized_agent, tmp_path_factory.mktemp("agent") / "log") as (client, started):
         yield Containers(client), started
 
 
 @pytest.fixture
-def containers(agent: Agent) -> Containers:
-    return agent[0]
+def containers(pod: Pod) -> Containers:
+    return pod[0]
 
 
 @pytest.fixture
@@ -143,8 +144,8 @@ def test_a_passwd_that_is_no_file_holds_up_nobody(containers: Containers, root: 
     assert containers.run(description(root, process("true")))[0] == 0
 
 
-def test_the_source_of_a_mount_is_no_link_that_a_container_made(agent: Agent, root: Path, outside: Path) -> None:
-    containers, started = agent
+def test_the_source_of_a_mount_is_no_link_that_a_container_made(pod: Pod, root: Path, outside: Path) -> None:
+    containers, started = pod
     inside(started, "mkdir", "-p", "/run/kata-containers/shared/volume")
     inside(started, "ln", "-sfn", str(outside), "/run/kata-containers/shared/volume/sub")
     source = "/run/kata-containers/shared/volume/sub/secret"
@@ -174,8 +175,8 @@ def test_a_process_has_no_descriptors_but_its_three(containers: Containers, root
     containers.remove(name)
 
 
-def test_a_container_that_waits_to_be_started_holds_nothing_of_the_agent(agent: Agent, root: Path) -> None:
-    containers, started = agent
+def test_a_container_that_waits_to_be_started_holds_nothing_of_the_agent(pod: Pod, root: Path) -> None:
+    containers, started = pod
     name = containers.create(description(root, process("true")))
     pid = agent_pid(started)
     child = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1]
@@ -244,8 +245,8 @@ def test_the_guests_tree_cannot_be_seen_from_inside(containers: Containers, root
     assert [line.split()[1] for line in text.splitlines() if line.count(" ") == 5] == ["/", "/proc", "/dev", "/dev/pts"]
 
 
-def test_a_mount_of_a_container_is_seen_by_nobody_else(agent: Agent, root: Path) -> None:
-    containers, started = agent
+def test_a_mount_of_a_container_is_seen_by_nobody_else(pod: Pod, root: Path) -> None:
+    containers, started = pod
     before = inside(started, "cat", "/proc/self/mountinfo")
     first = process("sh", "-c", "mount -t tmpfs tmpfs /tmp && echo done", capabilities=ALL)
     assert containers.run(description(root, first))[1] == "done\n"
@@ -272,3 +273,78 @@ def test_processes_of_one_container_are_not_seen_in_another(containers: Containe
     containers.remove(name)
     assert "987" not in text
     assert len(text.splitlines()) == 2
+
+
+# --- in a guest: the agent is PID 1 and its root an initramfs, which pivot_root cannot leave ---
+
+
+MAKE_ROOT: Final = """
+mkdir -p /srv/root/bin /srv/root/proc /srv/root/etc && cp /bin/busybox /srv/root/bin/busybox && cd /srv/root/bin &&
+for name in sh cat ls grep sleep mknod umount chroot mount head dd sysctl; do ln -s busybox $name; done
+printf '#!/proc/self/exe\\n' >evil; chmod 755 evil
+"""
+
+
+@pytest.fixture(scope="module")
+def guest(kernel: Kernel, busybox_initrd: Initrd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]:
+    """A guest in which /srv/root can be a container's root."""
+    with booted(kernel, busybox_initrd, tmp_path_factory.mktemp("guest")) as client:
+        containers = Containers(client)
+        made = process("sh", "-c", MAKE_ROOT, capabilities=ALL)
+        assert containers.run(description(Path("/"), made, mounts=[PROC, DEV])) == (0, "")
+        yield containers
+        client.destroy_sandbox()
+
+
+IN_GUEST: Final = Path("/srv/root")
+
+
+@pytest.mark.boot
+def test_in_a_guest_the_initramfs_cannot_be_seen_from_inside(guest: Containers) -> None:
+    script = "cat /proc/mounts; ls /; ls /../..; umount -l /; ls /sbin/init; chroot .. ls /sbin; ls /proc/1/root/sbin"
+    _, text = guest.run(description(IN_GUEST, process("sh", "-c", script, capabilities=ALL)))
+    mounts = [line.split()[1] for line in text.splitlines() if line.endswith(" 0 0")]
+    assert mounts == ["/", "/proc", "/dev", "/dev/pts"]
+    assert "init" not in text.replace("/sbin/init: No such", "")
+
+
+@pytest.mark.boot
+def test_in_a_guest_the_container_on_its_root_sees_none_of_its_mounts(guest: Containers) -> None:
+    script = "cut -d' ' -f2 /proc/mounts; ls -A /run /sys"
+    status, text = guest.run(description(Path("/"), process("sh", "-c", script), mounts=[PROC, DEV]))
+    assert (status, text) == (0, "/\n/proc\n/dev\n/run:\n\n/sys:\n")
+
+
+@pytest.mark.boot
+def test_in_a_guest_the_agents_program_cannot_be_written_to(guest: Containers) -> None:
+    """An image whose program is an interpreter line that names /proc/self/exe, and a watcher that writes to it."""
+    watcher = "while :; do for p in /proc/[0-9]*; do echo evil 2>/dev/null >$p/exe; done; done"
+    name = guest.start(description(IN_GUEST, process("sh", "-c", watcher, capabilities=ALL)))
+    for _ in range(5):
+        guest.wait(name, guest.execute(name, "/bin/evil", capabilities=ALL))
+    guest.remove(name)
+    script = "head -c 4 /sbin/init"
+    assert guest.run(description(Path("/"), process("sh", "-c", script), mounts=[PROC, DEV])) == (0, "\x7fELF")
+
+
+@pytest.mark.boot
+def test_in_a_guest_an_out_of_memory_kill_is_told_and_its_status_is_137(guest: Containers) -> None:
+    event = guest.later("GetOOMEvent")
+    hungry = process("dd", "if=/dev/zero", "of=/dev/null", "bs=100M", "count=1")
+    about = {"Resources": {"Memory": {"Limit": 20 << 20, "Swap": 20 << 20}}}
+    name = guest.start(description(IN_GUEST, hungry, linux=about))
+    assert guest.wait(name) == 137
+    assert event.result().container_id == name
+    guest.remove(name)
+
+
+@pytest.mark.boot
+def test_in_a_guest_limits_are_kept_and_counted(guest: Containers) -> None:
+    about = {"Resources": {"Memory": {"Limit": 20 << 20}, "Pids": {"Limit": 9}}, "CgroupsPath": "/kata/limited"}
+    name = guest.start(description(IN_GUEST, process("sleep", "1000"), linux=about))
+    stats = guest.call("StatsContainer", container_id=name).cgroup_stats
+    assert (stats.memory_stats.usage.limit, stats.pids_stats.limit, stats.pids_stats.current) == (20 << 20, 9, 1)
+    guest.call("UpdateContainer", container_id=name, resources={"Memory": {"Limit": 30 << 20}})
+    stats = guest.call("StatsContainer", container_id=name).cgroup_stats
+    assert stats.memory_stats.usage.limit == 30 << 20
+    guest.remove(name)

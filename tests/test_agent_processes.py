@@ -22,19 +22,19 @@ pytestmark = [
     pytest.mark.skipif(not BUSYBOX.exists(), reason="a static busybox is not installed"),
 ]
 
-Agent = tuple[Containers, "subprocess.Popen[bytes]"]
+Pod = tuple[Containers, "subprocess.Popen[bytes]"]
 INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION, UNAVAILABLE = 3, 5, 6, 9, 14
 
 
 @pytest.fixture(scope="module")
-def agent(sanitized_agent: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
+def pod(sanitized_agent: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
     with contained(sanitized_agent, tmp_path_factory.mktemp("agent") / "log") as (client, started):
         yield Containers(client), started
 
 
 @pytest.fixture
-def containers(agent: Agent) -> Containers:
-    return agent[0]
+def containers(pod: Pod) -> Containers:
+    return pod[0]
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +234,8 @@ def test_nothing_joins_a_container_that_has_ended(containers: Containers, root: 
     containers.remove(name)
 
 
-def test_no_process_leaves_a_descriptor_or_a_zombie_behind(agent: Agent, idle: str) -> None:
-    containers, started = agent
+def test_no_process_leaves_a_descriptor_or_a_zombie_behind(pod: Pod, idle: str) -> None:
+    containers, started = pod
     home = Path(f"/proc/{agent_pid(started)}")
     containers.run_in(idle, "true")
     time.sleep(1.1)  # the record of a process whose status was told is kept for a second
