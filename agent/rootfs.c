@@ -1,7 +1,7 @@
 /* The image is hostile: every path in the container is looked up below its root by inside.h, a mount is put upon the
- * descriptor that came of it and was looked at, and what covers a file to hide it is the guest's own /dev/null. Paths of
- * the guest keep their meaning until rootfs_enter: the container's root lies over "/", and a lookup that begins at "/"
- * does not cross what lies over it. */
+ * descriptor that came of it and was looked at, and what covers a file to hide it is the guest's own /dev/null. Paths
+ * of the guest keep their meaning until rootfs_enter: the container's root lies over "/", and a lookup that begins at
+ * "/" does not cross what lies over it. */
 #define _GNU_SOURCE
 #include "rootfs.h"
 
