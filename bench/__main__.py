@@ -10,14 +10,14 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from bench.agent import measure_agent, show_agent
+from bench.boots import base_rootfs
 from bench.reading import measure_reading
 from bench.writers import measure_writers, show_writers
-from osbuild.agent import build_agent
 from osbuild.arch import X86_64
 from osbuild.artifacts import DiskImage, Initrd, Rootfs
 from osbuild.cache import default_cache
@@ -25,24 +25,17 @@ from osbuild.filesystem import FILESYSTEMS
 from osbuild.initrd import build_initrd
 from osbuild.kernel import build_kernel, default_spec
 from osbuild.nvdimm_image import FILESYSTEM_START, build_nvdimm_image
-from osbuild.oci import Platform
 from osbuild.pipeline import memory_for
 from osbuild.report import SmokeReport, Verdict
-from osbuild.rootfs import assemble_rootfs
 from osbuild.runtime.base import Machine
 from osbuild.smoke import run as smoke
-from osbuild.sources import open_image
-from osbuild.sources.image import Want
-
-WANT = Want(platform=Platform(os="linux", architecture=X86_64.oci), cache=default_cache())
-ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", action="append", choices=("reading", "writers", "boots"))
+    parser.add_argument("--only", action="append", choices=tuple(PARTS))
     wishes = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="osbuilder-bench-", dir=os.environ.get("TMPDIR")) as name:
         work = Path(name)
@@ -59,11 +52,7 @@ def measure_boots(work: Path, rounds: int) -> list[dict[str, object]]:
     kernel = build_kernel(default_spec(X86_64), cache)
     roots: dict[str, DiskImage | Initrd] = {}
     for name in ("busybox", "debian"):
-        layout = work / name
-        environment = os.environ | {"DOCKER_HOST": "unix:///nonexistent"}
-        subprocess.run([str(ROOT / "scripts/base-image"), name, str(layout)], check=True, env=environment)
-        rootfs = assemble_rootfs(open_image(f"oci:{layout}", WANT), build_agent(X86_64, cache), epoch=0)
-        roots |= make_roots(work, name, rootfs)
+        roots |= make_roots(work, name, base_rootfs(name, work))
     found: dict[str, list[SmokeReport]] = {name: [] for name in roots}
     for _ in range(rounds):
         for name, root in roots.items():
@@ -106,6 +95,7 @@ def show(results: dict[str, list[dict[str, object]]]) -> None:
     show_reading(results.get("reading", []))
     show_writers(results.get("writers", []))
     show_boots(results.get("boots", []))
+    show_agent(results.get("agent", []))
 
 
 def show_reading(rows: list[dict[str, object]]) -> None:
@@ -121,7 +111,7 @@ def show_boots(rows: list[dict[str, object]]) -> None:
         print(f"{row['what']:34} {row['guest to agent']:10.2f} s {row['start to answer']:7.2f} s {row['wall']:4.2f} s")
 
 
-PARTS = {"reading": measure_reading, "writers": measure_writers, "boots": measure_boots}
+PARTS = {"reading": measure_reading, "writers": measure_writers, "boots": measure_boots, "agent": measure_agent}
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
@@ -111,11 +111,12 @@ def start(
     pipe: bool = False,
     merge: bool = True,
     stdin: IO[bytes] | None = None,
+    descriptors: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Keep a program beside us for the length of the block; its whole process group is gone afterwards.
 
     Output goes to `log` when given, to a pipe when `pipe` (standard error with it, unless `merge` is false), else
-    nowhere.
+    nowhere. It also gets these open files, under their numbers.
     """
     program = argv[0] if "/" in argv[0] else find(argv[0])
     with contextlib.ExitStack() as stack:
@@ -133,6 +134,7 @@ def start(
                 stdout=out,
                 stderr=subprocess.STDOUT if merge else subprocess.DEVNULL,
                 start_new_session=True,
+                pass_fds=descriptors,
                 preexec_fn=_die_with_parent(os.getpid()),
             )
         except OSError as problem:

@@ -27,13 +27,14 @@ import typer
 
 from osbuild import console
 from osbuild import limits as limits_table
+from osbuild.agents import BUILTIN, absolute
 from osbuild.arch import Arch, find_arch, host_arch
 from osbuild.errors import SpecError
 from osbuild.filesystem import FILESYSTEMS
 from osbuild.limits import Limits, option_name
 from osbuild.nvdimm_image import ALIGN
 from osbuild.oci import Platform, parse_platform
-from osbuild.spec import KINDS, Addition, BuildSpec, DiskSpec, GuestSpec, RegistrySpec, RootfsSpec
+from osbuild.spec import CHECKS, KINDS, Addition, BuildSpec, DiskSpec, GuestSpec, RegistrySpec, RootfsSpec
 from osbuild.tree import quote
 from osbuild.verity import parse_salt
 
@@ -72,9 +73,18 @@ _WRITABLE_HELP: Final = (
     "the filesystem is good for a guest that has a copy of its own and writes to it: a journal, inodes to spare. As a "
     "disk it is mounted rw; as an NVDIMM, which guests share, it stays read-only"
 )
+_TRANSPORT_HELP: Final = (
+    "how the agent is asked: serial, vsock (/dev/vhost-vsock), vhost-user-vsock (by the program vhost-device-vsock); "
+    "auto (the default): serial where the agent is osbuilder's, else vsock"
+)
+_CHECK_HELP: Final = "agent walks over every call that it answers, which takes a while and is left out unless asked for"
 _VERITY_HELP: Final = (
     "add a hash tree for dm-verity as partition 2 (sha256, blocks of 4 KiB), and say what the kernel must be told; a "
     "boot uses either verity or DAX, and the file is good for both"
+)
+_AGENT_HELP: Final = (
+    "builtin (the default), or the path of an agent's binary, or of a tarball that holds one, such as "
+    "kata-static-agent.tar.zst"
 )
 
 OPTIONS: Final = (
@@ -104,6 +114,7 @@ OPTIONS: Final = (
     Option("package-mirror", str, "recipe", "where the recipe's packages come from, a URL"),
     Option("fresh", bool, "recipe", "build the recipe again, whatever Docker remembers of it"),
     Option("init", str, "rootfs", "agent: it is the first process (the default); systemd: it is a service"),
+    Option("agent", str, "rootfs", _AGENT_HELP),
     Option("slim", bool, "rootfs", "leave out the systemd units that a guest has no use for"),
     Option("modules", Path, "rootfs", "a directory of kernel modules, …/lib/modules/RELEASE"),
     Option("hooks", Path, "rootfs", "a directory of OCI hooks: prestart/, poststart/, poststop/"),
@@ -116,6 +127,8 @@ OPTIONS: Final = (
     Option("memory", int, "guest", "MiB for each guest, 64 at least; as much as it needs when not given"),
     Option("cpus", int, "guest", "processors for each guest, 1 when not given"),
     Option("timeout", float, "guest", "seconds that a guest has to answer, 60 when not given"),
+    Option("transport", str, "guest", _TRANSPORT_HELP),
+    Option("check", list, "guest", f"look at this only: {', '.join(CHECKS)}; may be given again. {_CHECK_HELP}"),
     Option("mirror", list, "registry", "HOST=MIRROR, a registry to try before HOST; may be given again"),
     Option("insecure-registry", list, "registry", "HOST[:PORT] that may speak plain HTTP; may be given again"),
     Option("authfile", Path, "registry", "credentials, instead of ~/.docker/config.json"),
@@ -253,14 +266,16 @@ def guest_spec(words: Words) -> GuestSpec:
     """How to boot what was made."""
     return GuestSpec(
         memory_mib=words.get("memory", 0), cpus=words.get("cpus", 1), accel=words.get("accel", "auto"),
-        seconds=words.get("timeout", 60.0),
+        seconds=words.get("timeout", 60.0), transport=words.get("transport", "auto"),
+        checks=tuple(words.get("check", ())),
     )  # fmt: skip
 
 
 def rootfs_spec(words: Words) -> RootfsSpec:
     """What the guest's tree is to be."""
     return RootfsSpec(
-        init=words.get("init", "agent"), slim=words.get("slim", False), modules=words.get("modules"),
+        init=words.get("init", "agent"), agent=words.get("agent", BUILTIN), slim=words.get("slim", False),
+        modules=words.get("modules"),
         hooks=words.get("hooks"), policy=words.get("policy"), add=tuple(map(_addition, words.get("add", ()))),
         remove=tuple(words.get("remove", ())),
     )  # fmt: skip
@@ -341,6 +356,8 @@ def _value(option: Option, value: Any, path: Path, where: str) -> Any:
         value = float(value) if kind is float else str(value)
     if type(value) is not kind:
         raise SpecError(f"{where} is not {_TYPES[option.kind]}")
+    if option.name == "agent":
+        return absolute(str(value), path.parent)
     return path.parent / str(value) if option.kind is Path else value
 
 

@@ -21,6 +21,8 @@ from osbuild.runtime.accel import Accel
 
 SCHEMA: Final = "osbuilder.smoke"
 SCHEMA_VERSION: Final = 1  # a field may be added within a version, never changed or taken away
+# Devices with a partner that lives as long as the boot: an open file, another program.
+_ONCE: Final = ("vhost-vsock-", "vhost-user-vsock-", "socket,id=vsock,")
 CONSOLE_IN_JUNIT: Final = 16 * 1024  # bytes of a console's end; the whole of it lies beside the report
 
 _CODES: Final[Mapping[str, int]] = {"passed": 0, "failed": 6, "unknown": 7}
@@ -55,6 +57,19 @@ class Check:
     verdict: Verdict
     detail: str
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A step of the walk over the agent's calls (agent_walk.Row): the call, what of it, and how that went."""
+
+    call: str  # with its service
+    about: str
+    verdict: str  # of Verdict, or skipped
+    detail: str
+    seconds: float
+    calls: int = 0  # how often it was made in this step
+    call_seconds: float = 0.0  # the median of those
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +108,7 @@ class SmokeReport:
     command: tuple[str, ...]
     console: Path
     log: Path
+    calls: tuple[Call, ...] = ()  # only when the walk was asked for
 
     def to_dict(self) -> dict[str, Any]:  # Any: JSON
         """This boot as the report's schema has it; paths are relative to the report."""
@@ -105,6 +121,14 @@ class SmokeReport:
             "machine": dict(self.machine),
             "accel": dataclasses.asdict(self.accel),
             "checks": [{**dataclasses.asdict(check), "seconds": round(check.seconds, 4)} for check in self.checks],
+            "calls": [
+                {
+                    **dataclasses.asdict(call),
+                    "seconds": round(call.seconds, 4),
+                    "call_seconds": round(call.call_seconds, 6),
+                }
+                for call in self.calls
+            ],
             "timeline": [{**dataclasses.asdict(event), "seconds": round(event.seconds, 4)} for event in self.timeline],
             "command": list(self.command),
             "console": f"{self.name}/{self.console.name}",
@@ -113,8 +137,12 @@ class SmokeReport:
 
     def command_text(self) -> str:
         """A shell script that boots the same again, its console on the terminal, nobody speaking to the agent."""
-        lines = [shlex.quote(self.command[0])]
-        for word in self.command[1:]:
+        words = list(self.command)
+        for place in range(len(words) - 1, 0, -1):
+            if words[place].startswith(_ONCE):
+                del words[place - 1 : place + 1]
+        lines = [shlex.quote(words[0])]
+        for word in words[1:]:
             if word.startswith("file,id=console,"):
                 word = "stdio,id=console,signal=on"
             elif word.startswith("socket,id=agent,"):

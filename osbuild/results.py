@@ -16,10 +16,11 @@ from osbuild.listing import spell
 from osbuild.output import check_output, writing
 
 if TYPE_CHECKING:  # what is slow to import is imported by the command that needs it
+    from osbuild.agent_binary import AgentBinary
     from osbuild.doctor import Finding
     from osbuild.housekeeping import CacheItem
     from osbuild.pipeline import Build
-    from osbuild.report import Report
+    from osbuild.report import Call, Report, SmokeReport
     from osbuild.rootfs import Explained
 
 _NOT_WISHED: Final = "not wished"
@@ -127,6 +128,7 @@ def print_boots(report: Report, out: Path) -> None:
     console.print_table("smoke test", ("boot", "accel", "answered", "seconds", "checks", "verdict"), rows)
     lines: list[str] = []
     for boot in report.boots:
+        print_calls(boot)
         if boot.verdict != "passed":
             lines += console.fold(f"{boot.name}: {boot.reason}", hanging="  ")
             if boot.cause is not None and boot.cause.hint:
@@ -136,6 +138,35 @@ def print_boots(report: Report, out: Path) -> None:
             evidence = out / "smoke" / boot.name / boot.console.name
             lines += console.fold(f"console: {evidence}{more}", indent="  ", hanging="  ")
     console.print_lines(lines)
+
+
+def print_calls(boot: SmokeReport) -> None:
+    """Every step of a walk in a line; below them why some did not pass."""
+    if not boot.calls:
+        return
+    columns = ("call", "about", "ms", "seconds", "verdict")
+    console.print_table(f"{boot.name}: every call of the agent", columns, walk_table(boot.calls))
+    reasons: dict[tuple[str, str], list[Call]] = {}
+    for call in boot.calls:
+        if call.verdict != "passed":
+            reasons.setdefault((call.verdict, call.detail), []).append(call)
+    lines: list[str] = []
+    for (verdict, detail), calls in reasons.items():
+        first, more = calls[0], f" and {len(calls) - 1} more" if len(calls) > 1 else ""
+        name = first.call.rpartition("/")[2]
+        lines += console.fold(f"{verdict}: {name}, {first.about}{more}: {detail}", hanging="  ")
+    console.print_lines(lines)
+
+
+def walk_table(calls: Sequence[Call]) -> list[tuple[str, ...]]:
+    """Each step: the call without its service, milliseconds of the call itself, seconds of all that the step took."""
+    return [
+        (
+            call.call.rpartition("/")[2], call.about, f"{call.call_seconds * 1000:.1f}" if call.calls else "",
+            f"{call.seconds:.2f}" if call.seconds else "", call.verdict,
+        )
+        for call in calls
+    ]  # fmt: skip
 
 
 # --- doctor ---------------------------------------------------------------------------------------------------------
@@ -155,6 +186,23 @@ def print_findings(findings: Sequence[Finding]) -> None:
                 lines += console.fold(detail, indent=head, hanging=" " * (states + 6))
     missing = [finding.name for finding in findings if finding.state == "missing"]
     lines.append(f"missing: {', '.join(missing)}" if missing else "all that is needed is here")
+    console.print_lines(lines)
+
+
+# --- agent version ---------------------------------------------------------------------------------------------------
+
+
+def print_agent(found: AgentBinary) -> None:
+    """What a program is, a fact in a line."""
+    facts = {
+        "agent": f"{found.name} {found.version}",
+        "architecture": found.arch,
+        "needs": found.interpreter or "nothing: it is static",
+        "protocol": found.protocol,
+    }
+    lines = [f"{name:14}{spell(value)}" for name, value in facts.items()]
+    for index, how in enumerate(found.evidence):
+        lines += console.fold(how, indent=f"{'' if index else 'seen':14}", hanging=" " * 14)
     console.print_lines(lines)
 
 

@@ -7,19 +7,25 @@ watcher       another thread: reads the console as it grows, and ends what is be
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from osbuild import autopsy, ttrpc
+from osbuild import autopsy, ttrpc, walk_check
+from osbuild.agent import NAME
+from osbuild.agent_binary import UNKNOWN
 from osbuild.agent_client import AgentClient
 from osbuild.artifacts import DiskImage, Initrd
 from osbuild.errors import SpecError
-from osbuild.report import Cause, Check, SmokeReport, Verdict, printable
+from osbuild.findings import Unclear, Wrong
+from osbuild.report import Call, Cause, Check, SmokeReport, Verdict, printable, tail
 from osbuild.runtime import RUNTIMES
 from osbuild.runtime.base import Guest, Machine
+from osbuild.tree import quote
 from osbuild.watcher import OnEvent, Watcher
 
 SECONDS: Final = 60.0
@@ -29,16 +35,9 @@ _LINE_SECONDS: Final = 2.0  # a line written before the agent answered is on the
 _POWEROFF_SECONDS: Final = 10.0
 _CONNECT_SECONDS: Final = 0.2
 _CALL_SECONDS: Final = 10.0  # for an agent that answered before
+_CONSOLE_BYTES: Final = 1 << 20  # in which the kernel has said what its root is
 _NOT_REACHED: Final = "not reached"
 _LAST_CHARACTERS: Final = 60  # of a console's last line, in a reason
-
-
-class Wrong(Exception):  # noqa: N818 - a finding, not an error
-    """A check saw something other than it should."""
-
-
-class Unclear(Exception):  # noqa: N818 - nor is this
-    """A check could not see."""
 
 
 def run(
@@ -48,30 +47,35 @@ def run(
     name: str = "boot",
     vmm: str = "qemu",
     seconds: float = SECONDS,
+    checks: Iterable[str] = (),
     on_event: OnEvent | None = None,
 ) -> SmokeReport:
-    """Boot `machine` once and look at everything in CHECKS; its console and logs stay in `work`."""
+    """Boot `machine` once and look at what `select` gives; its console and logs stay in `work`."""
+    selected = select(checks)
+    if WALK in selected and not machine.mac:
+        machine = dataclasses.replace(machine, mac=walk_check.MAC)
     if vmm not in RUNTIMES:
         raise SpecError(f"no VMM {vmm!r}", hint=f"one of {', '.join(RUNTIMES)}")
     before = _stamps(machine)
     with RUNTIMES[vmm].start(machine, work) as guest, Watcher(guest, on_event) as watcher:
         session = Session(machine=machine, guest=guest, watcher=watcher, deadline=guest.started + seconds)
-        checks = session.go_through(CHECKS)
-        evidence = watcher.finish(answered=checks[0].verdict is Verdict.passed, gone=session.gone)
-    checks.append(_console_is_clean(evidence, lost=session.lost))
-    checks.append(_unchanged(before, _stamps(machine)))
+        seen = session.go_through(selected)
+        evidence = watcher.finish(answered=seen[0].verdict is Verdict.passed, gone=session.gone)
+    seen.append(_console_is_clean(evidence, lost=session.lost))
+    seen.append(_unchanged(before, _stamps(machine)))
     took = time.monotonic() - guest.started
     cause = autopsy.explain(evidence) if session.lost else None
     if cause is not None:
-        checks = [_blame(check, cause) for check in checks]
-    verdict = Verdict.over(check.verdict for check in checks)
+        seen = [_blame(check, cause) for check in seen]
+    verdict = Verdict.over(check.verdict for check in seen)
     return SmokeReport(
         name=name,
-        machine=_facts(machine, vmm),
+        machine=_facts(machine, vmm, guest),
         verdict=verdict,
-        reason=_reason(verdict, checks, cause, evidence, seconds),
+        reason=_reason(verdict, seen, cause, evidence, seconds),
         cause=cause,
-        checks=tuple(checks),
+        checks=tuple(seen),
+        calls=tuple(session.calls),
         timeline=watcher.timeline,
         seconds=took,
         accel=guest.accel,
@@ -94,6 +98,8 @@ class Session:
         self.deadline = deadline
         self.lost = False  # the guest fell silent or went away: the console knows more than the check does
         self.gone = False  # it went away
+        self.calls: list[Call] = []  # of the walk
+        self._connection: ttrpc.Connection | None = None
         self._client: AgentClient | None = None
         self._connections = contextlib.ExitStack()
 
@@ -106,8 +112,20 @@ class Session:
     def client(self) -> AgentClient:
         """The agent, connected to when first asked for."""
         if self._client is None:
-            self._client = AgentClient(self._connections.enter_context(self._connect()))
+            self._client = AgentClient(self.connection)
         return self._client
+
+    @property
+    def connection(self) -> ttrpc.Connection:
+        """The connection under it."""
+        if self._connection is None:
+            self._connection = self._connections.enter_context(self._connect())
+        return self._connection
+
+    @property
+    def service(self) -> bool:
+        """The agent is one of systemd's services: who names a unit to systemd boots such a guest."""
+        return any(word.startswith("systemd.unit=") for word in self.machine.root.words)
 
     def go_through(self, checks: Mapping[str, CheckFunction]) -> list[Check]:
         """Every check in order; once the guest is lost the rest is unknown."""
@@ -134,12 +152,12 @@ class Session:
 
     def _connect(self) -> ttrpc.Connection:
         while self.guest.process.poll() is None:
-            if not self.guest.agent.exists():
+            if not self.guest.channel.ready:
                 time.sleep(_POLL_SECONDS)
             else:
                 # A VMM that made its channel may die the next moment: look at it from time to time.
                 with contextlib.suppress(ttrpc.CallTimeout):
-                    return ttrpc.connect_unix(self.guest.agent, min(_CONNECT_SECONDS, self.left))
+                    return self.guest.channel.connect(min(_CONNECT_SECONDS, self.left))
             if time.monotonic() > self.deadline:
                 raise ttrpc.CallTimeout("the VMM has no channel to the agent")
         raise ttrpc.PeerClosed("the VMM ended before there was a channel to the agent")
@@ -157,25 +175,48 @@ def agent_answers(session: Session) -> str:
 def agent_version(session: Session) -> str:
     version = session.client.version(seconds=min(_CALL_SECONDS, session.left))
     wanted = session.machine.agent.rpartition(" ")[2]
-    if wanted and version.agent != wanted:
+    if wanted not in ("", UNKNOWN) and version.agent != wanted:
         raise Wrong(f"the agent that answers is {version.agent}, not the {wanted} that was put in")
     return f"{version.agent}, interface {version.grpc}"
 
 
 def agent_details(session: Session) -> str:
     details = session.client.guest_details(seconds=min(_CALL_SECONDS, session.left))
-    # Who names a unit to systemd boots an agent that is a service.
-    service = any(word.startswith("systemd.unit=") for word in session.machine.root.words)
-    if details.agent.init_daemon is service:
-        raise Wrong(f"the agent says that it is {'' if service else 'not '}PID 1")
-    return f"{'a service' if service else 'PID 1'}, {details.agent.version}"
+    if details.agent.init_daemon is session.service:
+        raise Wrong(f"the agent says that it is {'' if session.service else 'not '}PID 1")
+    return f"{'a service' if session.service else 'PID 1'}, {details.agent.version}"
+
+
+def _logs_as_ours(session: Session) -> bool:
+    """Whether the agent that was put in says on the console what its root is, and which run it belongs to."""
+    return session.machine.agent.partition(" ")[0] in ("", NAME)
 
 
 def root_mounted(session: Session) -> str:
+    if not _logs_as_ours(session):
+        console = tail(session.guest.console, _CONSOLE_BYTES)
+        return judge_kernel(session.machine.root, console.decode(errors="replace"))
     fields = session.watcher.message("root mounted", min(_LINE_SECONDS, session.left))
     if fields is None:
         raise Unclear("no log line of the agent's on the console says what its root is")
     return judge_root(session.machine.root, fields)
+
+
+def judge_kernel(root: DiskImage | Initrd, console: str) -> str:
+    """The same from what the kernel says: which filesystem, on a disk; of an initramfs, that it starts /init of one."""
+    if isinstance(root, Initrd):
+        if not re.search(r"\] Run /init as init process", console):
+            raise Unclear("the kernel does not say that it starts /init of an initramfs")
+        return "initramfs, by the kernel's word"
+    found = re.search(r"\] VFS: Mounted root \((\w+) filesystem\)( readonly)? on device (\d+:\d+)", console)
+    if found is None:
+        raise Unclear("the kernel does not say what it mounted as root")
+    said = f"{found[1]} on device {found[3]}, {'read-only' if found[2] else 'writable'}, by the kernel's word"
+    if found[1] != root.filesystem:
+        raise Wrong(f"the root is not {root.filesystem} but {said}")
+    if bool(found[2]) is ("rw" in root.words):
+        raise Wrong(f"the root is mounted in the wrong way: {said}")
+    return said
 
 
 def judge_root(root: DiskImage | Initrd, fields: Mapping[str, Any]) -> str:
@@ -204,12 +245,30 @@ def judge_root(root: DiskImage | Initrd, fields: Mapping[str, Any]) -> str:
 
 
 def nonce_agrees(session: Session) -> str:
+    if not _logs_as_ours(session):
+        return "the answers came through this run's own channel; this agent says no nonce"
     fields = session.watcher.message("agent started", min(_LINE_SECONDS, session.left))
     if fields is None:
         raise Unclear("no log line of the agent's on the console says which run it belongs to")
     if fields.get("nonce") != session.machine.nonce:
         raise Wrong(f"the agent belongs to another run: its nonce is {fields.get('nonce')!r}")
     return "this run's"
+
+
+def every_call(session: Session) -> str:
+    began = time.monotonic()
+    rows = walk_check.walk(session.connection, session.machine, init=not session.service)
+    session.deadline += time.monotonic() - began  # each of its calls has had a deadline
+    session.calls += [
+        Call(
+            call=row.call, about=row.about, verdict=str(row.verdict), detail=printable(row.detail),
+            seconds=row.seconds, calls=row.calls, call_seconds=row.call_seconds,
+        )
+        for row in rows
+    ]  # fmt: skip
+    if walk_check.gone(rows):
+        session.lost = session.gone = True
+    return walk_check.judge(rows)
 
 
 def powers_off(session: Session) -> str:
@@ -235,8 +294,26 @@ CHECKS: Final[Mapping[str, CheckFunction]] = {
     "agent.details": agent_details,
     "root": root_mounted,
     "nonce": nonce_agrees,
+    "agent": every_call,
     "poweroff": powers_off,
 }
+WALK: Final = "agent"
+_FIRST: Final = "agent.check"  # without it nothing else can be asked
+_ON_REQUEST: Final = frozenset((WALK,))
+
+
+def select(names: Iterable[str]) -> dict[str, CheckFunction]:
+    """The checks of these names, in order; of none, all that take no time.
+
+    A walk's last call is the one that ends a guest, so that is looked at too.
+    """
+    wanted = set(names)
+    if unknown := sorted(wanted - CHECKS.keys()):
+        raise SpecError(f"no check {quote(unknown[0])}", hint=f"one of {', '.join(CHECKS)}")
+    wanted = wanted | {_FIRST} if wanted else CHECKS.keys() - _ON_REQUEST
+    if WALK in wanted:
+        wanted = wanted | {"poweroff"}
+    return {name: function for name, function in CHECKS.items() if name in wanted}
 
 
 # --- What it comes to -----------------------------------------------------------------------------------------------
@@ -322,7 +399,7 @@ def _kind(root: DiskImage | Initrd) -> str:
     return f"{root.filesystem}{' with DAX' if root.dax else ''}"
 
 
-def _facts(machine: Machine, vmm: str) -> dict[str, str | int]:
+def _facts(machine: Machine, vmm: str, guest: Guest) -> dict[str, str | int]:
     root = machine.root
     return {
         "vmm": vmm,
@@ -330,6 +407,7 @@ def _facts(machine: Machine, vmm: str) -> dict[str, str | int]:
         "kernel": machine.kernel.release,
         "root": str(root.file.path),
         "root_kind": _kind(root),
+        "transport": guest.channel.name,
         "memory_mib": machine.memory_mib,
         "cpus": machine.cpus,
         "nonce": machine.nonce,

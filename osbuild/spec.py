@@ -20,6 +20,8 @@ from osbuild.tree import quote
 
 KINDS: Final = ("image", "initrd")
 ACCELS: Final = ("auto", "kvm", "tcg")
+CHECKS: Final = ("agent.check", "agent.version", "agent.details", "root", "nonce", "agent", "poweroff")
+TRANSPORTS: Final = ("auto", "serial", "vsock", "vhost-user-vsock")
 INITS: Final = ("agent", "systemd")
 _SECONDS_MAX: Final = 86400
 _LEAST_MIB: Final = 64
@@ -36,9 +38,14 @@ class GuestSpec:
     cpus: int = 1
     accel: str = "auto"
     seconds: float = 60.0  # that a guest has to answer
+    transport: str = "auto"  # how its agent is asked
+    checks: tuple[str, ...] = ()  # what to look at; none: everything that takes no time
 
     def __post_init__(self) -> None:
         _one_of("accelerator", self.accel, ACCELS)
+        _one_of("transport", self.transport, TRANSPORTS)
+        for name in self.checks:
+            _one_of("check", name, CHECKS)
         if not 0 < self.seconds <= _SECONDS_MAX:
             raise SpecError(f"a guest cannot have {self.seconds:g} s to answer", hint="more than 0, at most a day")
         if self.memory_mib and self.memory_mib < _LEAST_MIB:
@@ -79,6 +86,7 @@ class RootfsSpec:
     """What the guest's tree is to be, besides what every guest needs: SpecError when it cannot be meant."""
 
     init: str = "agent"  # or systemd: the agent as one of its services
+    agent: str = "builtin"  # or the path of an agent, or of a tarball that holds one
     slim: bool = False  # without the systemd units that a guest has no use for
     modules: Path | None = None  # a directory of kernel modules: becomes /lib/modules/RELEASE
     hooks: Path | None = None  # a directory of OCI hooks: prestart/, poststart/, poststop/
@@ -88,6 +96,11 @@ class RootfsSpec:
 
     def __post_init__(self) -> None:
         _one_of("init", self.init, INITS)
+        if self.agent in ("", "kata"):
+            raise SpecError(
+                f"no agent {quote(self.agent)}",
+                hint="builtin, or the path of a kata-agent or kata-static-agent.tar.zst",
+            )
         for pattern in self.remove:
             _guest_path("remove", pattern)
 

@@ -385,6 +385,8 @@ class Connection:
             data = self._socket.recv(_READ_BYTES)
         except BlockingIOError:
             return
+        except ConnectionResetError:
+            data = b""  # it closed before it had read all that we sent
         if not data:
             if self._buffer.rest:
                 raise PeerClosed(f"the peer closed the connection after {self._buffer.rest}")

@@ -12,7 +12,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,37 @@ def say_and_hang_up(data: bytes) -> Behaviour:
     def behave(peer: Peer, batch: list[Asked]) -> None:
         peer.send(data)
         peer.hang_up()
+
+    return behave
+
+
+class Refuse(Exception):  # noqa: N818 - what a handler says
+    """A handler's no."""
+
+    def __init__(self, code: int, message: str = "no") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+Handler = Callable[[Any], Mapping[str, Any]]  # the request's message in, the fields of the answer's out
+
+
+def serve_with(handlers: Mapping[str, Handler]) -> Behaviour:
+    """What `serve` knows, and these methods."""
+
+    def behave(peer: Peer, batch: list[Asked]) -> None:
+        for asked in batch:
+            handler = handlers.get(asked.method.rpartition("/")[2])
+            if handler is None:
+                serve(peer, [asked])
+                continue
+            kinds = protos.method(asked.request.service, asked.request.method)
+            try:
+                fields = handler(kinds.request.FromString(asked.request.payload))
+            except Refuse as no:
+                peer.refuse(asked.stream, no.code, str(no))
+            else:
+                peer.answer(asked.stream, kinds.response(**fields).SerializeToString())
 
     return behave
 

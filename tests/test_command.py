@@ -132,3 +132,13 @@ def _alive(pid: int) -> bool:
     except (ProcessLookupError, FileNotFoundError):
         return False
     return state != "Z"
+
+
+def test_a_program_gets_the_open_files_it_is_meant_to_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("for it")
+    with (tmp_path / "mine").open("rb") as mine, (tmp_path / "mine").open("rb") as other:
+        log = tmp_path / "log"
+        script = f"cat <&{mine.fileno()}; echo; (true <&{other.fileno()}) 2>/dev/null || echo none"
+        with command.start("bash", "-c", script, log=log, descriptors=(mine.fileno(),)) as process:
+            process.wait(20)
+    assert log.read_text() == "for it\nnone\n"

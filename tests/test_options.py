@@ -44,6 +44,7 @@ fresh = true
 
 [rootfs]
 init = "systemd"
+agent = "kata-static-agent.tar.zst"
 slim = true
 modules = "lib/modules/6.12"
 hooks = "hooks"
@@ -57,6 +58,8 @@ source = "linux.tar.xz"
 
 [guest]
 accel = "tcg"
+transport = "serial"
+check = ["agent", "root"]
 memory = 512
 cpus = 2
 timeout = 9
@@ -91,8 +94,10 @@ def test_a_file_can_say_every_word_there_is(tmp_path: Path) -> None:
     assert (spec.features, spec.kernel_source) == (("xfs",), tmp_path / "linux.tar.xz")
     assert spec.limits.entries == 5
     assert (spec.guest.memory_mib, spec.guest.cpus, spec.guest.accel, spec.guest.seconds) == (512, 2, "tcg", 9.0)
+    assert (spec.guest.transport, spec.guest.checks) == ("serial", ("agent", "root"))
     assert spec.rootfs.init == "systemd"
     assert spec.rootfs.slim
+    assert spec.rootfs.agent == str(tmp_path / "kata-static-agent.tar.zst")
     assert spec.rootfs.modules == tmp_path / "lib/modules/6.12"
     assert (spec.rootfs.add[0].source, spec.rootfs.add[0].target) == (tmp_path / "motd", "/etc/motd")
     assert spec.registry.mirrors == {"docker.io": ("mirror.example", "second.example")}

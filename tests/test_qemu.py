@@ -16,6 +16,7 @@ from osbuild.artifacts import DiskImage, File, Initrd, Kernel
 from osbuild.errors import HostError, InputError, SpecError
 from osbuild.runtime import RUNTIMES, qemu
 from osbuild.runtime.base import Machine, least_memory
+from osbuild.runtime.channel import Device, Vhost, VhostUser
 
 MIB = 1 << 20
 CONSOLE, AGENT = Path("/work/console.log"), Path("/run/agent.sock")
@@ -39,9 +40,11 @@ def machine(root: DiskImage | Initrd = IMAGE, **more: object) -> Machine:
     return dataclasses.replace(made, **more)  # type: ignore[arg-type]
 
 
-def options(root: DiskImage | Initrd = IMAGE, *, accel: str = "tcg", **more: object) -> list[tuple[str, str]]:
+def options(
+    root: DiskImage | Initrd = IMAGE, *, accel: str = "tcg", vsock: Device = None, **more: object
+) -> list[tuple[str, str]]:
     """The options in order, each with its value or nothing."""
-    argv = [*qemu.arguments(machine(root, **more), console=CONSOLE, agent=AGENT, accel=accel), "-"]
+    argv = [*qemu.arguments(machine(root, **more), console=CONSOLE, agent=AGENT, accel=accel, vsock=vsock), "-"]
     pairs = itertools.pairwise(argv)
     return [(here, "" if after.startswith("-") else after) for here, after in pairs if here.startswith("-")]
 
@@ -125,6 +128,30 @@ def test_only_a_lonely_emulated_processor_does_without_its_timer(accel: str, cpu
 def test_kvm_gets_the_hosts_processor() -> None:
     assert value("-cpu", options(accel="kvm")) == "host"
     assert value("-accel", options(accel="kvm")) == "kvm"
+
+
+@pytest.mark.parametrize(("root", "bus"), [(IMAGE, "pci"), (INITRD, "device")], ids=["q35", "microvm"])
+def test_the_host_kernels_vsock_gets_the_number_and_the_file_that_claims_it(root: DiskImage | Initrd, bus: str) -> None:
+    pairs = options(root, vsock=Vhost(cid=77, descriptor=9))
+    assert ("-device", f"vhost-vsock-{bus},guest-cid=77,vhostfd=9") in pairs
+    assert not any("memory-backend=" in value for _, value in pairs)
+
+
+@pytest.mark.parametrize("root", [IMAGE, INITRD, dataclasses.replace(IMAGE, dax=False)], ids=["dax", "initrd", "disk"])
+def test_a_programs_vsock_gets_all_of_the_guests_memory(root: DiskImage | Initrd) -> None:
+    pairs = options(root, vsock=VhostUser(socket=Path("/r/a,b")))
+    assert ("-object", "memory-backend-memfd,id=memory,size=256M,share=on") in pairs
+    assert value("-machine", pairs).endswith(",memory-backend=memory")
+    assert ("-chardev", "socket,id=vsock,path=/r/a,,b") in pairs
+    assert any(value.startswith("vhost-user-vsock-") for _, value in pairs)
+
+
+@pytest.mark.parametrize("root", [IMAGE, INITRD], ids=["q35", "microvm"])
+def test_a_card_is_there_when_asked_for_and_leads_nowhere(root: DiskImage | Initrd) -> None:
+    assert not any("virtio-net" in value for _, value in options(root))
+    pairs = options(root, mac="02:00:00:00:00:01")
+    assert value("-netdev", pairs).startswith("hubport,")
+    assert any("mac=02:00:00:00:00:01" in value for _, value in pairs)
 
 
 def test_another_architecture_is_refused_by_name() -> None:
@@ -239,6 +266,7 @@ def test_this_qemu_takes_every_option(root: DiskImage | Initrd, tmp_path: Path) 
     (tmp_path / "root").write_bytes(bytes(8 * MIB))
     wanted = real(tmp_path, root)
     (tmp_path / "root").write_bytes(bytes(8 * MIB))
+    wanted = dataclasses.replace(wanted, mac="02:00:00:00:00:01")
     argv = qemu.arguments(wanted, console=tmp_path / "c", agent=tmp_path / "s", accel="tcg")
     ended = subprocess.run(["/usr/bin/qemu-system-x86_64", *argv], capture_output=True, text=True, timeout=20)
     assert ended.returncode == 1

@@ -156,3 +156,18 @@ def test_the_command_repeats_the_boot_with_its_console_on_the_terminal(boot: Smo
     terminal = ["-chardev", "stdio,id=console,signal=on", "-chardev", "null,id=agent"]
     assert said.splitlines() == [*boot.command[1:], *terminal]
     assert "  -m 256M \\\n  -nodefaults \\\n" in printed.command_text()
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        ("-device", "vhost-vsock-pci,guest-cid=7,vhostfd=9"),
+        ("-chardev", "socket,id=vsock,path=/run/x", "-device", "vhost-user-vsock-pci,chardev=vsock"),
+    ],
+    ids=["an open file", "another program"],
+)
+def test_the_command_leaves_out_what_was_there_for_one_boot_only(device: tuple[str, ...], boot: SmokeReport) -> None:
+    command = ("qemu", "-m", "256M", *device, "-nodefaults")
+    text = dataclasses.replace(boot, command=command).command_text()
+    assert "vsock" not in text
+    assert [line.strip(" \\") for line in text.splitlines()[2:]] == ["qemu", "-m 256M", "-nodefaults"]

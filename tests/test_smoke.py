@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from osbuild import smoke, watcher
+from osbuild import results, smoke, spec, watcher
 from osbuild.artifacts import DiskImage, File, Initrd, Kernel
 from osbuild.errors import SpecError
-from osbuild.report import Check, Event, SmokeReport, Verdict
+from osbuild.findings import Wrong
+from osbuild.report import Check, Event, Report, SmokeReport, Verdict
 from osbuild.runtime.base import Machine
 from tests.boot_fixtures import guests_alive
 
@@ -102,7 +104,8 @@ def test_a_guest_that_does_everything_right_passes(boot: Boot) -> None:
     report = boot(_GOOD.format(boot="boot()"), on_event=seen.append)
     assert report.verdict is Verdict.passed, report
     assert report.cause is None
-    assert [check.name for check in report.checks] == [*smoke.CHECKS, "console", "files"]
+    assert [check.name for check in report.checks] == [*smoke.select(()), "console", "files"]
+    assert report.calls == ()
     names = [event.name for event in report.timeline]
     assert names[0] == "vmm started"
     assert names[-3] == "agent answered"
@@ -324,12 +327,12 @@ def test_the_root_must_be_what_was_booted(root: DiskImage | Initrd, kind: str, o
     if right:
         assert kind in smoke.judge_root(root, fields)
     else:
-        with pytest.raises(smoke.Wrong):
+        with pytest.raises(Wrong):
             smoke.judge_root(root, fields)
 
 
 def test_a_root_on_another_device_is_wrong() -> None:
-    with pytest.raises(smoke.Wrong, match="not on /dev/pmem0p1"):
+    with pytest.raises(Wrong, match="not on /dev/pmem0p1"):
         smoke.judge_root(IMAGE, {"fstype": "ext4", "device": "/dev/vda1", "options": "ro,dax=always"})
 
 
@@ -339,13 +342,13 @@ def test_a_root_behind_verity_must_be_the_device_that_checks(device: str, right:
     if right:
         assert "/dev/dm-0" in smoke.judge_root(VERIFIED, fields)
     else:
-        with pytest.raises(smoke.Wrong, match="not on /dev/dm-0"):
+        with pytest.raises(Wrong, match="not on /dev/dm-0"):
             smoke.judge_root(VERIFIED, fields)
 
 
 @pytest.mark.parametrize("fields", [{}, {"fstype": 7, "options": None}, {"options": ["ro", "dax"]}])
 def test_strange_fields_are_wrong_and_not_a_crash(fields: dict[str, Any]) -> None:
-    with pytest.raises(smoke.Wrong):
+    with pytest.raises(Wrong):
         smoke.judge_root(IMAGE, fields)
 
 
@@ -392,3 +395,84 @@ def test_a_line_without_an_end_is_cut() -> None:
     cut = [line for _ in range(100) for line in lines.feed(b"x" * 10_000)]
     assert all(len(line) <= lines.LONGEST for line in cut)
     assert len(lines._rest) <= lines.LONGEST
+
+
+# Which checks, and the walk over every call
+
+
+def test_the_words_of_the_command_line_are_the_checks_there_are() -> None:
+    assert tuple(smoke.CHECKS) == spec.CHECKS
+
+
+def test_without_a_wish_everything_is_looked_at_but_the_walk() -> None:
+    assert set(smoke.select(())) == set(smoke.CHECKS) - {"agent"}
+
+
+@pytest.mark.parametrize(
+    ("names", "selected"),
+    [
+        (("root",), ["agent.check", "root"]),
+        (("nonce", "agent.version"), ["agent.check", "agent.version", "nonce"]),
+        (("agent",), ["agent.check", "agent", "poweroff"]),
+    ],
+)
+def test_checks_are_selected_by_name_and_keep_their_order(names: tuple[str, ...], selected: list[str]) -> None:
+    assert list(smoke.select(names)) == selected
+
+
+def test_a_check_nobody_knows_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="no check 'wings'"):
+        smoke.run(make_machine(tmp_path), tmp_path / "work", checks=("wings",))
+    assert not (tmp_path / "work").exists()
+
+
+def test_only_what_was_selected_is_in_the_report(boot: Boot) -> None:
+    report = boot(_GOOD.format(boot="boot()"), checks=("nonce",))
+    assert [check.name for check in report.checks] == ["agent.check", "nonce", "console", "files"]
+    assert report.verdict is Verdict.passed
+
+
+def test_an_agent_that_has_few_calls_fails_the_walk_call_by_call(boot: Boot, tmp_path: Path) -> None:
+    report = boot(_GOOD.format(boot="boot()"), checks=("agent",))
+    assert report.verdict is Verdict.failed
+    assert "steps passed" in check(report, "agent").detail
+    assert check(report, "poweroff").verdict is Verdict.passed, "the walk's last call has ended the guest"
+    calls = {(call["call"], call["about"]): call for call in report.to_dict()["calls"]}
+    serves = calls["grpc.Health/Check", "it serves"]
+    assert (serves["verdict"], serves["calls"]) == ("passed", 1)
+    assert 0 < serves["call_seconds"] <= serves["seconds"] + 1e-4
+    failed = next(call for call in calls.values() if call["call"] == "grpc.AgentService/StartContainer")
+    assert failed["verdict"] == "failed"
+    assert "UNIMPLEMENTED" in failed["detail"]
+    assert {call["verdict"] for call in calls.values()} == {"passed", "failed", "skipped"}
+    Report(boots=(report,)).write(tmp_path / "report")
+    written = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert written["boots"][0]["calls"] == report.to_dict()["calls"]
+
+
+def test_a_guest_that_dies_in_the_walk_leaves_the_rest_unknown(boot: Boot) -> None:
+    body = """
+from tests import fake_agent
+def behave(peer, batch):
+    if batch[-1].method.endswith("ListInterfaces"):
+        say("[    0.900000] Kernel panic - not syncing: it was asked for its links")
+        os._exit(1)
+    fake_agent.serve(peer, batch)
+boot()
+with serving(behave):
+    time.sleep(60)
+"""
+    report = boot(body, checks=("agent",))
+    assert report.verdict is Verdict.failed
+    assert report.calls[-1].verdict == "unknown"
+    assert report.calls[-1].detail == "the agent has gone"
+    assert report.cause is not None
+    assert report.cause.name == "panic"
+
+
+def test_a_walk_is_a_table_for_people(boot: Boot, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    report = boot(_GOOD.format(boot="boot()"), checks=("agent",))
+    results.print_boots(Report(boots=(report,)), tmp_path)
+    shown = capsys.readouterr().out
+    assert re.search(r"^Check +it serves +[0-9.]+ +0\.[0-9]+ +passed *$", shown, re.MULTILINE), shown
+    assert "failed: CreateSandbox, a sandbox begins: " in shown.replace("\n  ", " ")

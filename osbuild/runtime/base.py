@@ -13,6 +13,7 @@ from osbuild import initrd_memory
 from osbuild.arch import Arch
 from osbuild.artifacts import DiskImage, Initrd, Kernel
 from osbuild.runtime.accel import Accel
+from osbuild.runtime.channel import Channel
 
 CONSOLE: Final = "console.log"  # in the work directory: what the guest wrote to its first serial port
 
@@ -42,6 +43,8 @@ class Machine:
     memory_mib: int = 256
     cpus: int = 1
     accel: str = "auto"  # or "kvm" or "tcg"
+    transport: str = "auto"  # of spec.TRANSPORTS
+    mac: str = ""  # of a network card that leads nowhere; empty: none
     words: tuple[str, ...] = ()  # the user's kernel arguments, after all of ours
     agent: str = ""  # name and version of the agent that should answer; empty: any
     nonce: str = field(default_factory=make_nonce)
@@ -65,6 +68,7 @@ class Guest:
     console: Path
     log: Path
     agent: Path  # a unix socket; what the agent reads from its serial channel is written here
+    channel: Channel  # how the agent is to be asked
     command: tuple[str, ...]
     accel: Accel
     started: float  # time.monotonic()

@@ -3,6 +3,7 @@
 serial port 1       -> work/console.log
 QEMU's own words    -> work/qemu.log
 agent.channel.0    <-> a unix socket in a private directory with a short name
+vsock              <-> the host's kernel, or vhost-device-vsock, where that is wished: see channel
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from osbuild.arch import MIB, Arch, find_arch
 from osbuild.artifacts import DiskImage, Initrd
 from osbuild.cache import Cache, default_cache
 from osbuild.errors import CommandError, HostError, InputError, SpecError
-from osbuild.runtime import accel
+from osbuild.runtime import accel, channel
 from osbuild.runtime.base import CONSOLE, Guest, Machine, least_memory
 
 LOG: Final = "qemu.log"
+VSOCK_LOG: Final = "vsock.log"  # of the program that does the work of a vsock, where there is one
 CHANNEL: Final = "agent.channel.0"  # the serial port's name, as agents of Kata 1.x and ours look for it
 
 _RUN_PREFIX: Final = "osbuilder-run-"
@@ -54,6 +56,7 @@ def start(machine: Machine, work: Path) -> Iterator[Guest]:
     """Start QEMU as `machine`; the console and QEMU's log are in `work`, and stay there."""
     refuse_what_cannot_boot(machine)
     qemu, chosen = ready(find_arch(machine.arch), machine.accel)
+    transport = channel.choose(machine.transport, machine.agent, channel.look())
     console, log = (work / CONSOLE).absolute(), (work / LOG).absolute()
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -63,13 +66,18 @@ def start(machine: Machine, work: Path) -> Iterator[Guest]:
         raise HostError(f"cannot write into {work}: {problem.strerror}", hint="name another directory") from problem
     with _run_directory() as run:
         agent = run / "agent.sock"
-        options = arguments(machine, console=console, agent=agent, accel=chosen.name, sandbox=_has_seccomp(qemu))
-        argv = (str(qemu), *options)
-        began = time.monotonic()
-        with command.start(*argv, cwd=run, log=log) as process:
-            yield Guest(
-                process=process, console=console, log=log, agent=agent, command=argv, accel=chosen, started=began
+        with channel.opened(transport, agent, run, (work / VSOCK_LOG).absolute()) as (way, device):
+            options = arguments(
+                machine, console=console, agent=agent, accel=chosen.name, sandbox=_has_seccomp(qemu), vsock=device
             )
+            argv = (str(qemu), *options)
+            shared = (device.descriptor,) if isinstance(device, channel.Vhost) else ()
+            began = time.monotonic()
+            with command.start(*argv, cwd=run, log=log, descriptors=shared) as process:
+                yield Guest(
+                    process=process, console=console, log=log, agent=agent, channel=way, command=argv, accel=chosen,
+                    started=began,
+                )  # fmt: skip
 
 
 def ready(arch: Arch, wish: str) -> tuple[Path, accel.Accel]:
@@ -78,7 +86,15 @@ def ready(arch: Arch, wish: str) -> tuple[Path, accel.Accel]:
     return qemu, accel.choose(wish, arch, qemu, cache=_cache())
 
 
-def arguments(machine: Machine, *, console: Path, agent: Path, accel: str, sandbox: bool = True) -> tuple[str, ...]:
+def arguments(
+    machine: Machine,
+    *,
+    console: Path,
+    agent: Path,
+    accel: str,
+    sandbox: bool = True,
+    vsock: channel.Device = None,
+) -> tuple[str, ...]:
     """QEMU's command line but for its name, decided without a look at the host."""
     arch = find_arch(machine.arch)
     if arch.name != "x86_64":
@@ -86,7 +102,7 @@ def arguments(machine: Machine, *, console: Path, agent: Path, accel: str, sandb
     micro = isinstance(machine.root, Initrd)
     bus = "device" if micro else "pci"
     return (
-        *_board(machine, arch),
+        *_board(machine, arch, shared=isinstance(vsock, channel.VhostUser)),
         "-accel", accel,
         "-cpu", _CPUS[accel],
         "-smp", str(machine.cpus),
@@ -104,6 +120,8 @@ def arguments(machine: Machine, *, console: Path, agent: Path, accel: str, sandb
         "-chardev", f"socket,id=agent,path={_value(agent)},server=on,wait=off",
         "-device", f"virtio-serial-{bus}",
         "-device", f"virtserialport,chardev=agent,name={CHANNEL}",
+        *_vsock(vsock, bus),
+        *_network(machine.mac, bus),
     )  # fmt: skip
 
 
@@ -138,22 +156,48 @@ def refuse_what_cannot_boot(machine: Machine) -> None:
         )
 
 
-def _board(machine: Machine, arch: Arch) -> tuple[str, ...]:
+def _vsock(device: channel.Device, bus: str) -> tuple[str, ...]:
+    match device:
+        case channel.Vhost(cid=cid, descriptor=descriptor):
+            return ("-device", f"vhost-vsock-{bus},guest-cid={cid},vhostfd={descriptor}")
+        case channel.VhostUser(socket=path):
+            return (
+                "-chardev", f"socket,id=vsock,path={_value(path)}",
+                "-device", f"vhost-user-vsock-{bus},chardev=vsock",
+            )  # fmt: skip
+        case None:
+            return ()
+
+
+def _network(mac: str, bus: str) -> tuple[str, ...]:
+    """A card whose hub has no other port. There is nothing to boot over it, and the ROM may not be installed."""
+    if not mac:
+        return ()
+    rom = ",romfile=" if bus == "pci" else ""
+    return ("-netdev", "hubport,id=net,hubid=0", "-device", f"virtio-net-{bus},netdev=net,mac={mac}{rom}")
+
+
+def _board(machine: Machine, arch: Arch, *, shared: bool) -> tuple[str, ...]:
     memory = f"{machine.memory_mib}M"
+    # Another process that does a device's work reads and writes the guest's memory.
+    backend = ("-object", f"memory-backend-memfd,id=memory,size={memory},share=on") if shared else ()
+    use = ",memory-backend=memory" if shared else ""
     match machine.root:
         case Initrd(file=file):
             return (
                 # With ACPI, microvm has no timer but the TSC, and its calibration fails on busy hosts: half of the
                 # boots hung. Without ACPI a guest can restart (and so end QEMU) or halt, but not switch off.
-                "-machine", "microvm,acpi=off,auto-kernel-cmdline=on",
+                "-machine", f"microvm,acpi=off,auto-kernel-cmdline=on{use}",
                 "-m", memory,
+                *backend,
                 "-initrd", str(file.path),
             )  # fmt: skip
         case DiskImage(dax=True, file=file):
             # A guest that can write a shared image owns every guest: CVE-2026-24834.
             return (
-                "-machine", f"{arch.qemu_machine},nvdimm=on",
+                "-machine", f"{arch.qemu_machine},nvdimm=on{use}",
                 "-m", f"{memory},slots=1,maxmem={machine.memory_mib + _mib(file.size)}M",
+                *backend,
                 "-object",
                 f"memory-backend-file,id=root,mem-path={_value(file.path)},size={file.size},share=on,readonly=on",
                 "-device", "nvdimm,memdev=root,unarmed=on",
@@ -162,8 +206,9 @@ def _board(machine: Machine, arch: Arch) -> tuple[str, ...]:
             # What a guest may write goes to a temporary file of QEMU's: the image stays what it is.
             access = "snapshot=on" if machine.root.writable else "readonly=on"
             return (
-                "-machine", arch.qemu_machine,
+                "-machine", f"{arch.qemu_machine}{use}",
                 "-m", memory,
+                *backend,
                 "-drive", f"if=none,id=root,file={_value(file.path)},format={machine.root.format},{access}",
                 "-device", "virtio-blk-pci,drive=root",
             )  # fmt: skip
