@@ -95,12 +95,14 @@ static struct process *process_with(const struct container *container, uint64_t 
 
 struct process *container_process(struct ttrpc_call *call, struct container *container, const char *exec_id)
 {
-    struct process *process = call->memo != 0 ? process_with(container, call->memo) : find_process(container, exec_id);
+    struct process *process =
+        call->memo != 0 ? process_with(container, call->memo) : find_process(container, exec_id);
     if (process != NULL && (call->memo != 0 || process->delivered_at == 0)) {
         call->memo = process->serial;
         return process;
     }
-    failure_set(&call->failure, TTRPC_NOT_FOUND, "the container %.100s has no process %.100s", container->id, exec_id);
+    failure_set(&call->failure, TTRPC_NOT_FOUND, "the container %.100s has no process %.100s", container->id,
+                exec_id);
     return NULL;
 }
 

@@ -4,8 +4,8 @@
 
 #include "ttrpc.h"
 
-/* CreateContainer, StartContainer, ExecProcess, SignalProcess, WaitProcess, ReadStdout, ReadStderr, WriteStdin, CloseStdin,
- * TtyWinResize, StatsContainer, UpdateContainer, PauseContainer, ResumeContainer, RemoveContainer, GetOOMEvent. */
+/* CreateContainer, StartContainer, ExecProcess, SignalProcess, WaitProcess, ReadStdout, ReadStderr, WriteStdin,
+ * CloseStdin, TtyWinResize, StatsContainer, UpdateContainer, PauseContainer, ResumeContainer, RemoveContainer, GetOOMEvent. */
 extern const struct ttrpc_method_row container_calls[];
 
 bool container_supports_seccomp(void);

@@ -29,7 +29,7 @@ static struct process *look_up(struct ttrpc_call *call, const char *container_id
     return container == NULL ? NULL : container_process(call, container, exec_id);
 }
 
-/* The container's own end is what a plain kill of it is about, whether or not its first process is there to be found. */
+/* A plain kill is about the whole container, whether or not its first process is there to be found. */
 static enum ttrpc_status signal_process(struct ttrpc_call *call)
 {
     struct signal_process_request request;

@@ -111,7 +111,7 @@ static enum ttrpc_status find_devices(struct create_container_request *request, 
         bool is_block = false;
         struct oci_device *device = find_device(about, wanted->container_path);
         if (device == NULL)
-            return failure_set(failure, TTRPC_INVALID_ARGUMENT, "the description of the container has no device %.100s",
+            return failure_set(failure, TTRPC_INVALID_ARGUMENT, "OCI.Linux.Devices lists no %.100s",
                                wanted->container_path),
                    failure->status;
         enum ttrpc_status status = storage_find_device(wanted, node, sizeof node, &number, &is_block, failure);

@@ -101,7 +101,8 @@ static bool run(const struct oci_hook *hook, const char *state, struct failure *
     return program_run(&program, failure);
 }
 
-bool container_hooks_run(const struct oci_hook *hooks, size_t count, const struct container_hooks_state *state, struct failure *failure)
+bool container_hooks_run(const struct oci_hook *hooks, size_t count, const struct container_hooks_state *state,
+                         struct failure *failure)
 {
     struct buffer text = {0};
     if (count == 0)

@@ -17,6 +17,7 @@ struct container_hooks_state {
 /* The state as the OCI specification spells it in JSON, ended by a NUL. */
 void container_hooks_put_state(struct buffer *out, const struct container_hooks_state *state);
 /* One after the other, until one fails. */
-bool container_hooks_run(const struct oci_hook *hooks, size_t count, const struct container_hooks_state *state, struct failure *failure);
+bool container_hooks_run(const struct oci_hook *hooks, size_t count, const struct container_hooks_state *state,
+                         struct failure *failure);
 
 #endif

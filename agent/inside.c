@@ -20,7 +20,9 @@ enum {
 static int open_beneath(int root, const char *path, int flags, uint64_t resolve)
 {
     struct open_how how = {
-        .flags = (uint64_t)(unsigned int)(flags | O_CLOEXEC), .resolve = resolve | RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS};
+        .flags = (uint64_t)(unsigned int)(flags | O_CLOEXEC),
+        .resolve = resolve | RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS,
+    };
     long fd = -1;
     for (int i = 0; i < RACES; i++) {
         fd = syscall(SYS_openat2, root, path[0] == '\0' ? "/" : path, &how, sizeof how);

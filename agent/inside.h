@@ -1,7 +1,7 @@
 /* Files below a root that somebody else filled: whatever links and ".." are in there, nothing outside is reached.
  *
- * `root` is a descriptor of a directory, paths are taken as seen from it, with or without a slash in front. The links of
- * procfs (/proc/self/fd/3, /proc/self/exe), which lead anywhere, are never followed. */
+ * `root` is a descriptor of a directory, paths are taken as seen from it, with or without a slash in front. The links
+ * of procfs (/proc/self/fd/3, /proc/self/exe), which lead anywhere, are never followed. */
 #ifndef AGENT_INSIDE_H
 #define AGENT_INSIDE_H
 
@@ -18,7 +18,7 @@ bool inside_is_magic(const char *path);
 /* An O_PATH descriptor of it, made with what is missing above it. */
 int inside_make_directory(int root, const char *path);
 int inside_make_file(int root, const char *path);
-/* The directory that the last name of `path` is in, made where it is missing, and that name; EINVAL when it is none. */
+/* The directory that the last name of `path` is in, made where it is missing, and that name; EINVAL for "." or "..". */
 int inside_make_parent(int root, const char *path, char *name, size_t size);
 /* The content of a regular file of at most a MiB, ended by a NUL; it is the caller's to reset. */
 bool inside_read(int root, const char *path, struct buffer *text);

@@ -1,5 +1,5 @@
-/* Settings that processes have in procfs, written through a procfs of our own: whatever a container mounted on its /proc,
- * a setting goes where it belongs. */
+/* Settings that processes have in procfs, written through a procfs of our own: whatever a container mounted on its
+ * /proc, a setting goes where it belongs. */
 #ifndef AGENT_KERNEL_SETTINGS_H
 #define AGENT_KERNEL_SETTINGS_H
 

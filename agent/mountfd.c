@@ -1,5 +1,5 @@
-/* musl has no words for this interface and glibc's <sys/mount.h> gets in the way of <linux/mount.h>: this file alone has
- * the kernel's. */
+/* musl has no words for this interface and glibc's <sys/mount.h> gets in the way of <linux/mount.h>: this file alone
+ * has the kernel's. */
 #define _GNU_SOURCE
 #include "mountfd.h"
 

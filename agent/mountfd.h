@@ -1,5 +1,5 @@
-/* Mounts by descriptors, never by paths that may mean something else by then: one is made or copied where nobody sees it,
- * set up, and put upon a descriptor that was looked at. */
+/* Mounts by descriptors, never by paths that may mean something else by then: one is made or copied where nobody sees
+ * it, set up, and put upon a descriptor that was looked at. */
 #ifndef AGENT_MOUNTFD_H
 #define AGENT_MOUNTFD_H
 

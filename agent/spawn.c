@@ -14,9 +14,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { MOST_FILES = 16384 }; /* a thousand containers and a thousand processes more have up to five descriptors each */
-
-enum { PIPE_SIZE = 256 * 1024 }; /* of output: it is fetched in pieces as large, and each costs a call */
+enum {
+    MOST_FILES = 16384, /* a thousand containers and a thousand processes have up to five descriptors each */
+    PIPE_SIZE = 256 * 1024, /* of output: it is fetched in pieces as large, and each costs a call */
+};
 
 static void close_pair(int pair[2])
 {
@@ -84,7 +85,7 @@ static pid_t split_hidden(int namespaces)
     return pid;
 }
 
-/* Whose PID namespace it is goes by this process's setting at that moment: there is one thread, nobody comes between. */
+/* Whose PID namespace it is goes by this process's setting at that moment: with one thread nobody comes between. */
 static pid_t split_into(int pids)
 {
     int own = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);

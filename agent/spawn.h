@@ -1,5 +1,5 @@
-/* A process of a container: from the fork to the exec of its program. Parent and child talk by a socket; its end, which
- * the exec closes, says that the program runs. */
+/* A process of a container: from the fork to the exec of its program. Parent and child talk by a socket; its end,
+ * which the exec closes, says that the program runs. */
 #ifndef AGENT_SPAWN_H
 #define AGENT_SPAWN_H
 

@@ -1,5 +1,5 @@
-/* From here to execve the program is still the agent's, but more and more of what surrounds it is the container's: only
- * descriptors that were looked at are used, and nothing is logged. */
+/* From here to execve the program is still the agent's, but more and more of what surrounds it is the container's:
+ * only descriptors that were looked at are used, and nothing is logged. */
 #define _GNU_SOURCE
 #include "spawned.h"
 
@@ -311,8 +311,8 @@ static bool filter_calls(const struct seccomp_filter *filter, struct failure *fa
     return failure_errno(failure, "cannot install the seccomp filter");
 }
 
-/* The last steps: what the filter forbids from here on is not asked for, except by capset and prctl in the first case,
- * which without no_new_privs must come after it. */
+/* The last steps: what the filter forbids from here on is not asked for, except by capset and prctl where the filter
+ * must come before them, since there is no no_new_privs. */
 static bool give_up_privileges(const struct plan *plan, struct failure *failure)
 {
     bool last = plan->process->no_new_privileges;

@@ -33,6 +33,7 @@ _COMMON: Final = (
     "-Os",
     "-fPIE",
     "-fstack-protector-strong",
+    "-fno-asynchronous-unwind-tables", "-fno-unwind-tables",  # 28 KiB for debuggers and exceptions: there are neither
     "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2",  # glibc's; musl has none, and Debian no fortify-headers for it
     "-Wall", "-Wextra", "-Werror",
     "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,-z,now",

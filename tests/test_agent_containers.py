@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -160,6 +162,31 @@ def test_a_container_of_which_a_step_failed_is_gone_and_its_id_is_free(pod: Pod,
     assert containers.run(description(root, TRUE), name="again") == (0, "")
 
 
+def test_a_container_that_does_not_end_in_time_is_not_removed_and_says_etime(pod: Pod, root: Path) -> None:
+    containers, started = pod
+    name = containers.start(description(root, process("sleep", "1000")))
+    pid = agent_pid(started)
+    first = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1])
+    with held_at_its_end(first):
+        with pytest.raises(StatusError, match=r"ETIME: Timer expired"):
+            containers.remove(name, timeout=1)
+        assert containers.call("StatsContainer", container_id=name)
+    containers.remove(name)
+
+
+@contextlib.contextmanager
+def held_at_its_end(pid: int) -> Iterator[None]:
+    """Whatever kills that process, it stays."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    seize, detach, stop_at_exit = 0x4206, 17, 0x40
+    assert libc.ptrace(seize, pid, None, ctypes.c_void_p(stop_at_exit)) == 0, os.strerror(ctypes.get_errno())
+    try:
+        yield
+    finally:
+        os.waitpid(pid, 0x40000000)  # __WALL
+        libc.ptrace(detach, pid, None, None)
+
+
 # --- what it finds ---
 
 
@@ -274,6 +301,52 @@ def test_hooks_of_the_container_run_in_its_namespaces(containers: Containers, ro
     oci = description(root, process("cat", "/hooked"), Hooks=hooks, Hostname="hooked")
     assert containers.run(oci) == (0, "hooked\n")
     assert (tmp_path / "made").read_text() == "hooked\n"
+
+
+# --- with the agent's other parts ---
+
+
+def test_a_storage_is_mounted_for_the_container_and_gone_with_it(pod: Pod, root: Path, tmp_path: Path) -> None:
+    containers, started = pod
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_text("stored")
+    place = "/run/kata-containers/shared/containers/volume"
+    storage = {"driver": "overlayfs", "source": "overlay", "fstype": "overlay", "mount_point": place,
+               "options": [f"lowerdir={source}:{root}"]}  # fmt: skip
+    mounts = [PROC, DEV, {"destination": "/data", "type": "bind", "source": place, "options": ["rbind"]}]
+    name = containers.start(description(root, process("cat", "/data/file"), mounts=mounts), storages=[storage])
+    assert containers.read(name) == b"stored"
+    assert place in inside(started, "cat", "/proc/self/mountinfo")
+    containers.remove(name)
+    assert place not in inside(started, "cat", "/proc/self/mountinfo")
+    with pytest.raises(StatusError, match="cannot execute"):
+        containers.start(description(root, process("absent"), mounts=mounts), storages=[storage])
+    assert place not in inside(started, "cat", "/proc/self/mountinfo")
+
+
+@pytest.mark.parametrize("locked", [False, True], ids=["before the user changes", "after no_new_privs"])
+def test_a_seccomp_filter_holds_for_all_processes_of_a_container(
+    containers: Containers, root: Path, locked: bool
+) -> None:
+    rule = {"Names": ["mkdir", "mkdirat"], "Action": "SCMP_ACT_ERRNO", "errnoret": 95}
+    filtered = {
+        "Seccomp": {"DefaultAction": "SCMP_ACT_ALLOW", "Architectures": ["SCMP_ARCH_X86_64"], "Syscalls": [rule]}
+    }
+    first = process("sleep", "1000", NoNewPrivileges=locked)
+    name = containers.start(description(root, first, linux=filtered))
+    for user in (0, 1000):
+        fields: Message = {"User": {"UID": user}, "NoNewPrivileges": locked}
+        text = containers.run_in(name, "sh", "-c", "mkdir /tmp/x; grep Seccomp: /proc/self/status", **fields)[1]
+        assert "Operation not supported" in text or "Not supported" in text
+        assert "Seccomp:\t2" in text
+    containers.remove(name)
+
+
+def test_a_device_of_the_request_must_be_in_the_description(containers: Containers, root: Path) -> None:
+    device = {"id": "d", "type": "blk", "vm_path": "/dev/vdz", "container_path": "/dev/data"}
+    with pytest.raises(StatusError, match="lists no /dev/data"):
+        containers.create(description(root, TRUE), devices=[device])
 
 
 # --- what is asked about it ---

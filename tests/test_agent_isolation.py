@@ -77,7 +77,7 @@ def test_a_link_of_the_image_leads_a_mount_nowhere_but_into_the_container(
     containers: Containers, root: Path, outside: Path, place: str, way: str
 ) -> None:
     replace(root / place, str(outside) if way == "absolute" else climb(outside))
-    mounts = [
+    mounts: list[Message] = [
         PROC, DEV,
         {"destination": f"/{place}/sub", "type": "tmpfs", "source": "tmpfs"},
         {"destination": f"/{place}/file", "type": "bind", "source": str(BUSYBOX), "options": ["bind", "ro"]},
@@ -348,3 +348,13 @@ def test_in_a_guest_limits_are_kept_and_counted(guest: Containers) -> None:
     stats = guest.call("StatsContainer", container_id=name).cgroup_stats
     assert stats.memory_stats.usage.limit == 30 << 20
     guest.remove(name)
+
+
+@pytest.mark.boot
+def test_in_a_guest_the_disk_of_its_root_is_out_of_reach_even_with_mknod(guest: Containers) -> None:
+    """The numbers of RAM disks and of what could be a disk: the cgroup's rule says no before there is a driver."""
+    script = "for n in 1 7 8 253 254 259; do mknod /d$n b $n 0 && echo made; head -c 1 /d$n; done"
+    notes = {"io.osbuilder.allow-mknod": "true"}
+    text = guest.run(description(IN_GUEST, process("sh", "-c", script, capabilities=ALL), Annotations=notes))[1]
+    assert "made" not in text
+    assert text.count("Operation not permitted") == 6
