@@ -389,7 +389,6 @@ def test_in_a_guest_the_kernel_takes_every_limit(guest: Containers) -> None:
             "Memory": {"Limit": 32 << 20, "Swap": 48 << 20, "Reservation": 1 << 20},
             "CPU": {"Shares": 1024, "Quota": 50000, "Period": 100000, "Cpus": "0", "Mems": "0"},
             "Pids": {"Limit": 20},
-            "BlockIO": {"Weight": 100},
         },
     }
     files = ("memory.max", "memory.swap.max", "memory.low", "cpu.weight", "cpu.max", "cpuset.cpus", "pids.max")
