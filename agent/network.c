@@ -19,7 +19,20 @@
 
 #define LINKS "/sys/class/net/"
 
-enum { FAMILY_V4 = 0, FAMILY_V6 = 1 /* types.IPFamily */ };
+enum {
+    FAMILY_V4 = 0, /* types.IPFamily */
+    FAMILY_V6 = 1,
+    /* The loop stands still meanwhile: some 0.2 s for as many as this. */
+    MOST_ROUTES = 10000,
+    MOST_NEIGHBORS = 10000,
+    MOST_ADDRESSES = 1000,
+};
+
+static bool too_many(struct ttrpc_call *call, size_t count, size_t most, const char *what)
+{
+    return count > most &&
+           !failure_set(&call->failure, TTRPC_INVALID_ARGUMENT, "%zu %s in one request; %zu may be", count, what, most);
+}
 
 /* A method with a socket of its own: what one leaves behind no other one finds. */
 static enum ttrpc_status converse(struct ttrpc_call *call, const void *request,
@@ -49,6 +62,8 @@ struct wanted {
 static bool parse_addresses(struct ttrpc_call *call, struct wanted *wanted)
 {
     size_t count = wanted->interface->addresses.count;
+    if (too_many(call, count, MOST_ADDRESSES, "addresses"))
+        return false;
     wanted->addresses = arena_take(&call->arena, count * sizeof *wanted->addresses + 1);
     if (wanted->addresses == NULL)
         return failure_set(&call->failure, TTRPC_RESOURCE_EXHAUSTED, "too many addresses");
@@ -370,6 +385,8 @@ static enum ttrpc_status update_routes(struct ttrpc_call *call)
         failure_set(&call->failure, TTRPC_INVALID_ARGUMENT, "there are no routes in the request");
         return call->failure.status;
     }
+    if (too_many(call, request.routes->routes.count, MOST_ROUTES, "routes"))
+        return call->failure.status;
     for (size_t i = 0; i < request.routes->routes.count; i++)
         if (!route_check(&request.routes->routes.items[i], &call->failure))
             return call->failure.status;
@@ -455,6 +472,8 @@ static enum ttrpc_status add_arp_neighbors(struct ttrpc_call *call)
         failure_set(&call->failure, TTRPC_INVALID_ARGUMENT, "there are no neighbours in the request");
         return call->failure.status;
     }
+    if (too_many(call, request.neighbors->neighbors.count, MOST_NEIGHBORS, "neighbours"))
+        return call->failure.status;
     for (size_t i = 0; i < request.neighbors->neighbors.count; i++)
         if (!parse_neighbor(&request.neighbors->neighbors.items[i], &parsed, &call->failure))
             return call->failure.status;

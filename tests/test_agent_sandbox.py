@@ -17,6 +17,7 @@ from osbuild import ttrpc
 from osbuild.agent_client import AGENT, AgentClient
 from osbuild.arch import X86_64, host_arch
 from osbuild.artifacts import Initrd, Kernel
+from tests.agent_container import description, make_root, process
 from tests.agent_guest import agent_pid, booted, contained, inside
 
 pytestmark = [
@@ -205,6 +206,29 @@ def test_only_programs_of_the_guest_become_hooks(sandbox: Sandbox, tmp_path: Pat
     lines = [json.loads(line) for line in sandbox.log.read_text().splitlines()]
     found = {(line["kind"], line["hook"]) for line in lines if line["msg"] == "found"}
     assert found == {("prestart", "a"), ("prestart", "b"), ("poststop", "c")}
+
+
+def test_hooks_are_told_what_begins_and_ends(sandbox: Sandbox, tmp_path: Path) -> None:
+    """With their kind as argument and the container's state, as OCI describes it, on standard input; one fails."""
+    root = make_root(tmp_path / "rootfs")
+    for kind in ("prestart", "poststart", "poststop"):
+        write_program(tmp_path / "hooks" / kind / "1-fails", "echo no luck >&2; exit 1")
+        write_program(
+            tmp_path / "hooks" / kind / "2-says", f'cat > {tmp_path}/said.$1; echo "$#" >> {tmp_path}/said.$1'
+        )
+    sandbox.call("CreateSandbox", sandbox_id="one", guest_hook_path=str(tmp_path / "hooks"))
+    oci = description(root, process("true"))
+    sandbox.call("CreateContainer", container_id="con1", exec_id="con1", OCI=oci)
+    sandbox.call("StartContainer", container_id="con1")
+    sandbox.call("WaitProcess", container_id="con1")
+    sandbox.call("RemoveContainer", container_id="con1")
+    for kind in ("prestart", "poststart", "poststop"):
+        state, count = (tmp_path / f"said.{kind}").read_text().rsplit("}", 1)
+        assert json.loads(state + "}")["id"] == "con1"
+        assert count.strip() == "1"
+    lines = [json.loads(line) for line in sandbox.log.read_text().splitlines()]
+    failed = {(line["kind"], line["error"].split(": ")[-1]) for line in lines if line["msg"] == "a hook failed"}
+    assert failed == {(kind, "no luck") for kind in ("prestart", "poststart", "poststop")}
 
 
 def test_hooks_that_are_not_there_are_no_failure(sandbox: Sandbox) -> None:
