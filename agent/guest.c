@@ -277,32 +277,57 @@ _Noreturn void guest_power_off(void)
         pause();
 }
 
-bool guest_word(const char *name, char *value, size_t size)
+/* The next of the kernel's words, ended by a NUL; NULL: there are no more. Blanks between quotes end none. */
+static char *next_word(char **rest)
 {
-    char words[CMDLINE_SIZE];
-    size_t length = strlen(name);
-    value[0] = '\0';
-    if (!read_text(CMDLINE, words, sizeof words))
-        return false;
-    bool found = false;
+    char *word = *rest;
     bool quotes = false;
-    char *word = words;
-    for (char *at = words;; at++) {
+    if (word == NULL)
+        return NULL;
+    for (char *at = word;; at++) {
         if (*at == '"')
             quotes = !quotes;
         if (*at != '\0' && (quotes || (*at != ' ' && *at != '\n')))
             continue;
-        bool last = *at == '\0';
+        *rest = *at == '\0' ? NULL : at + 1;
         *at = '\0';
+        return word;
+    }
+}
+
+bool guest_word(const char *name, char *value, size_t size)
+{
+    char words[CMDLINE_SIZE];
+    char *rest = words;
+    size_t length = strlen(name);
+    bool found = false;
+    value[0] = '\0';
+    if (!read_text(CMDLINE, words, sizeof words))
+        return false;
+    for (char *word = next_word(&rest); word != NULL; word = next_word(&rest))
         /* As in the kernel, a later word wins. */
         if (strncmp(word, name, length) == 0 && word[length] == '=' && strlen(word + length + 1) < size) {
             snprintf(value, size, "%s", word + length + 1);
             found = true;
         }
-        if (last)
-            return found;
-        word = at + 1;
+    return found;
+}
+
+bool guest_flag(const char *name)
+{
+    char words[CMDLINE_SIZE];
+    char *rest = words;
+    size_t length = strlen(name);
+    bool found = false;
+    if (!read_text(CMDLINE, words, sizeof words))
+        return false;
+    for (char *word = next_word(&rest); word != NULL; word = next_word(&rest)) {
+        if (strncmp(word, name, length) != 0 || (word[length] != '\0' && word[length] != '='))
+            continue;
+        const char *value = word + length + (word[length] == '=');
+        found = strcmp(value, "0") != 0 && strcmp(value, "false") != 0 && strcmp(value, "no") != 0;
     }
+    return found;
 }
 
 uint64_t guest_memory_block_size(void)

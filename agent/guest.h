@@ -16,6 +16,8 @@ _Noreturn void guest_power_off(void);
 void guest_log_root(void);
 /* The value of the kernel's word `name=…`; false, and an empty value, when there is none or it does not fit. */
 bool guest_word(const char *name, char *value, size_t size);
+/* The kernel's words have `name`, alone or with a value other than 0, false and no. */
+bool guest_flag(const char *name);
 uint64_t guest_memory_block_size(void);
 bool guest_has_memory_probe(void);
 

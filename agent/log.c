@@ -11,6 +11,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#define KERNEL_PREFIX "<6>" /* the level of what follows, in the kernel's log */
+
 enum {
     /* PIPE_BUF: a pipe that polls writable takes this much without blocking. */
     LINE_SIZE = 4096,
@@ -30,6 +32,7 @@ static enum log_level threshold = LOG_INFO;
 static int out = STDOUT_FILENO;
 static bool kernel_log;
 static unsigned long suppressed;
+static void (*tee)(struct span line);
 
 struct span log_span(const char *text)
 {
@@ -58,6 +61,11 @@ void log_to(int descriptor, bool kernel)
 {
     out = descriptor;
     kernel_log = kernel;
+}
+
+void log_tee(void (*also)(struct span line))
+{
+    tee = also;
 }
 
 static bool room(const struct line *line, size_t size)
@@ -187,7 +195,7 @@ void log_write(enum log_level level, const char *subsystem, const char *message,
     static struct line line;
     line.size = 0;
     if (kernel_log)
-        put(&line, "<6>", 3);
+        put(&line, KERNEL_PREFIX, strlen(KERNEL_PREFIX));
     put(&line, "{", 1);
     for (size_t i = 0; i < sizeof common / sizeof common[0]; i++)
         put_field(&line, &common[i]);
@@ -201,4 +209,7 @@ void log_write(enum log_level level, const char *subsystem, const char *message,
         put_field(&line, fields);
     put(&line, "}\n", 2);
     write_line(&line);
+    size_t prefix = kernel_log ? strlen(KERNEL_PREFIX) : 0;
+    if (tee != NULL) /* last: it may have something to log itself */
+        tee((struct span){(const uint8_t *)line.text + prefix, line.size - prefix});
 }

@@ -29,5 +29,7 @@ void log_write(enum log_level level, const char *subsystem, const char *message,
 bool log_set_level(const char *word);
 /* Lines go here from now on; kernel: each write is one record of the kernel's log. */
 void log_to(int descriptor, bool kernel);
+/* And each line also to `also`, which must not block. */
+void log_tee(void (*also)(struct span line));
 
 #endif

@@ -1,5 +1,6 @@
 /* osbuilder's guest agent: PID 1 of a guest, a service in it, or (--listen) an ordinary process for tests. */
 #define _GNU_SOURCE
+#include "debug.h"
 #include "guest.h"
 #include "log.h"
 #include "server.h"
@@ -20,24 +21,38 @@ enum { MOST_ADDRESSES = 4 };
 struct options {
     const char *paths[MOST_ADDRESSES]; /* of unix sockets to listen on instead of what a guest has */
     size_t count;
+    struct debug_options debug;
 };
 
 static const char marker[] __attribute__((used)) = AGENT_MARKER;
 
 static int usage(void)
 {
-    fputs("usage: osbuilder-agent [--version] [--listen unix:PATH]...\n", stderr);
+    fputs("usage: osbuilder-agent [--version] [--listen unix:PATH]... [--debug-console unix:PATH] [--log unix:PATH]\n",
+          stderr);
     return 2;
+}
+
+static bool take(const char *option, const char *path, struct options *options)
+{
+    if (strcmp(option, "--listen") == 0 && options->count < MOST_ADDRESSES)
+        options->paths[options->count++] = path;
+    else if (strcmp(option, "--debug-console") == 0)
+        options->debug.console = path;
+    else if (strcmp(option, "--log") == 0)
+        options->debug.log = path;
+    else
+        return false;
+    return true;
 }
 
 static bool parse(int argc, char **argv, struct options *options)
 {
-    for (int i = 1; i < argc; i++) {
-        if (strcmp(argv[i], "--listen") != 0 || ++i >= argc || options->count == MOST_ADDRESSES)
+    for (int i = 1; i < argc; i += 2) {
+        if (i + 1 == argc || strncmp(argv[i + 1], UNIX, strlen(UNIX)) != 0)
             return false;
-        if (strncmp(argv[i], UNIX, strlen(UNIX)) != 0)
+        if (!take(argv[i], argv[i + 1] + strlen(UNIX), options))
             return false;
-        options->paths[options->count++] = argv[i] + strlen(UNIX);
     }
     return true;
 }
@@ -91,11 +106,14 @@ int main(int argc, char **argv)
     else
         prctl(PR_SET_CHILD_SUBREAPER, 1);
     set_log_level();
+    debug_begin(&options.debug);
     services_set_init(init);
     log_start(init);
     bool able = server_begin() && listen_everywhere(&options);
-    if (able)
+    if (able) {
+        debug_listen();
         server_run();
+    }
     LOG(LOG_INFO, SUBSYSTEM, init ? "powering off" : "ending");
     if (init)
         guest_power_off();

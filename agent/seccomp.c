@@ -27,6 +27,7 @@ enum {
     MOST_ARGUMENTS = 6,
     LARGEST_ERRNO = 4095,
     X32_BIT = 0x40000000,
+    SKIPPED = -1, /* the number of a call that a tracer took out: no x32 call, whatever its bits */
     FOREIGN = SECCOMP_RET_KILL_THREAD, /* to calls by an architecture that is not listed */
 };
 
@@ -255,8 +256,11 @@ static void make_ranges(struct compiler *compiler, uint32_t audit)
         gap.first = first->number + 1;
         add_range(compiler, &gap);
     }
-    if (beside_x32 && !has_x32)
+    if (beside_x32 && !has_x32) {
         add_range(compiler, &beyond);
+        gap.first = (uint32_t)SKIPPED;
+        add_range(compiler, &gap);
+    }
 }
 
 /* --- code --- */

@@ -12,6 +12,8 @@
 #include "loop.h"
 #include "ttrpc.h"
 
+#include <sys/socket.h> /* before vm_sockets.h, which in older headers needs it and does not say so */
+
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -22,7 +24,6 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/signalfd.h>
-#include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
 

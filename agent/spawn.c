@@ -14,6 +14,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+enum { MOST_FILES = 16384 }; /* a thousand containers and a thousand processes more have up to five descriptors each */
+
 enum { PIPE_SIZE = 256 * 1024 }; /* of output: it is fetched in pieces as large, and each costs a call */
 
 static void close_pair(int pair[2])
@@ -97,14 +99,28 @@ static pid_t split_into(int pids)
     return pid;
 }
 
+/* What the agent may open is no business of its containers: they get what was before. */
+static struct rlimit allow_files(void)
+{
+    static struct rlimit before;
+    if (before.rlim_max == 0 && getrlimit(RLIMIT_NOFILE, &before) == 0 && before.rlim_cur < MOST_FILES) {
+        struct rlimit more = {.rlim_cur = MOST_FILES, .rlim_max = before.rlim_max};
+        if (more.rlim_max < MOST_FILES)
+            more.rlim_max = MOST_FILES;
+        setrlimit(RLIMIT_NOFILE, &more); /* if not, fewer containers find room */
+    }
+    return before;
+}
+
 bool spawn(const struct plan *plan, struct spawned *spawned, struct failure *failure)
 {
     struct pipes pipes;
+    struct rlimit limit = allow_files();
     if (!open_pipes(&pipes, plan->process->terminal))
         return failure_errno(failure, "cannot make pipes for a process");
     pid_t pid = plan->pids < 0 ? split_hidden(CLONE_NEWPID) : split_into(plan->pids);
     if (pid == 0)
-        spawned_main(plan, &(struct spawned_files){pipes.in[0], pipes.out[1], pipes.err[1], pipes.channel[1]});
+        spawned_main(plan, &(struct spawned_files){pipes.in[0], pipes.out[1], pipes.err[1], pipes.channel[1], limit});
     if (pid < 0) {
         /* What the kernel says when the namespace's first process has ended. */
         failure_errno(failure, errno == ENOMEM ? "cannot start a process: its PID namespace may have ended"

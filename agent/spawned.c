@@ -7,13 +7,16 @@
 #include "identity.h"
 #include "inside.h"
 #include "kernel_settings.h"
+#include "log.h"
 #include "rootfs.h"
 #include "terminal.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/keyctl.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -142,7 +145,10 @@ static bool run_hooks(const struct plan *plan, const struct oci_hook *hooks, siz
     struct container_hooks_state state = plan->state;
     state.status = status;
     state.pid = getpid();
-    return container_hooks_run(hooks, count, &state, failure);
+    signal(SIGPIPE, SIG_IGN); /* a hook need not read its state */
+    bool done = container_hooks_run(hooks, count, &state, failure);
+    signal(SIGPIPE, SIG_DFL);
+    return done;
 }
 
 static bool open_root(int *root, struct failure *failure)
@@ -359,7 +365,11 @@ static bool prepare(const struct plan *plan, const struct spawned_files *files, 
 {
     int master = -1;
     child_reset_signals();
+    log_to(-1, false); /* by its number it may be anything from here on */
     umask(0022);
+    setrlimit(RLIMIT_NOFILE, &files->limit);
+    /* Keys of the guest and of other containers are not its own; a kernel may know no keys. */
+    syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL);
     if (setsid() < 0 || !take_files(plan, files))
         return failure_errno(failure, "cannot set up a process");
     if (!(plan->spec != NULL ? become_first(plan, root, failure) : join(plan, root, failure)) ||

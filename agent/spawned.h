@@ -4,11 +4,14 @@
 
 #include "spawn.h"
 
+#include <sys/resource.h>
+
 struct spawned_files { /* the child's ends; -1 where there is none */
     int in;
     int out;
     int err;
     int channel;
+    struct rlimit limit; /* of open files, as it was before the agent needed more */
 };
 
 struct spawned_report {

@@ -104,7 +104,11 @@ def rootfs(
     if render:
         sys.stdout.write(_dockerfile(words).text)
         return
+    if explain and (raw or tar is not None):
+        raise SpecError("--explain is about the policy: no --raw and no --tar beside it", hint="run it once for each")
     if tar is not None:
+        if as_json and str(tar) == "-":
+            raise SpecError("--json and --tar - both want standard output", hint="write the tar to a file")
         results.check_tar(tar)
     show = console.Show(quiet=quiet)
     spec = build_spec(_image(image, words, show), Path(), words, smoke=False)
@@ -159,7 +163,12 @@ def image(
 def initrd(
     words: Words, image: Image = "", out: OutFile = Path("guest.initrd"), as_json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Only the initramfs, with the agent in it."""
+    """Only the initramfs, with the agent in it.
+
+    JSON: {"path", "size", "sha256", "compression", "unpacked", "entries", "memory", "skipped", "lost_xattrs"}: memory
+    is what a guest needs to unpack it, in bytes; skipped are sockets; lost_xattrs, inodes with attributes that it
+    cannot hold.
+    """
     from osbuild import pipeline
     from osbuild.sources import check_apart
 
@@ -168,7 +177,10 @@ def initrd(
     spec = build_spec(_image(image, words, show), out.parent, words, kinds=("initrd",), smoke=False)
     check_apart(spec.image, out)
     made = pipeline.make_initrd(spec, pipeline.open_rootfs(spec, default_cache(), show), out, show)
-    about = {"compression": made.compression, "unpacked": made.unpacked, "memory": made.memory}
+    about = {
+        "compression": made.compression, "unpacked": made.unpacked, "entries": made.entries, "memory": made.memory,
+        "skipped": made.skipped, "lost_xattrs": made.lost_xattrs,
+    }  # fmt: skip
     _print_file(made.file, about, as_json=as_json)
 
 
@@ -236,8 +248,16 @@ def kernel_config(words: Words, arch: ArchName = "") -> None:
 
 
 @agent_app.command("build")
-def agent_build(out: OutFile = Path("osbuilder-agent"), arch: ArchName = "", as_json: Json = False) -> None:
-    """Compile the built-in agent: static, the same bytes from the same source."""
+def agent_build(
+    out: OutFile = Path("osbuilder-agent"),
+    arch: Annotated[str, typer.Option("--arch", help="x86_64 or aarch64; this machine's when not given")] = "",
+    as_json: Json = False,
+) -> None:
+    """Compile the built-in agent: a static PIE, the same bytes from the same source.
+
+    For another architecture it takes zig (pip install 'osbuilder[cross]') or Debian's cross compiler; the first time
+    zig compiles its libc, which takes minutes.
+    """
     from osbuild.agent import agent_version, build_agent
     from osbuild.artifacts import File
     from osbuild.output import write_whole
@@ -249,18 +269,54 @@ def agent_build(out: OutFile = Path("osbuilder-agent"), arch: ArchName = "", as_
     _print_file(File.of(out), {"version": agent_version(data)}, as_json=as_json)
 
 
+@agent_app.command("swap")
+@takes("disk")
+def agent_swap(
+    words: Words,
+    image: Annotated[Path, typer.Argument(help="a disk image of osbuilder's: OUT/rootfs.img, or one alone")],
+    agent: Annotated[str, typer.Argument(help="builtin, or the path of an agent or of a tarball with one")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the file to write, instead of the image")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put another agent into an image: the bytes that a clean build with it would give.
+
+    In a build's directory initrd.img, manifest.json and lock.json change too, and the smoke test's report goes. For an
+    image alone, give the words it was made with (--align, --size, --free, --writable, --salt); the rest is seen.
+    """
+    from osbuild import swap
+    from osbuild.options import disk_spec
+
+    if out is not None:
+        check_output(out)
+    done = swap.swap(image, agent, default_cache(), out=out, disk=disk_spec(words) if words else None)
+    if as_json:
+        console.print_json(done.to_dict())
+    else:
+        console.print_lines(swap.lines(done))
+
+
 @agent_app.command("version")
 def agent_version_of(
-    file: Annotated[Path, typer.Argument(help="an agent's binary", exists=True, dir_okay=False)], as_json: Json = False
+    file: Annotated[Path, typer.Argument(help="an agent's binary")],
+    run: Annotated[bool, typer.Option("--run", help="also run it with --version, and take its word")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Say which agent a binary is, from its bytes; nothing is run."""
-    from osbuild.agent import NAME, agent_version
+    """Say which agent a program is, from its bytes; nothing is run without --run.
 
-    version = agent_version(file.read_bytes())
+    Name, version, architecture, whether it is static, the protocol, and how each was found out. What its bytes do not
+    say is "unknown". With --run it gets no environment, five seconds, and limits on memory and output.
+
+    Exit code: 0 it is a program for a guest; 3 it is not.
+    """
+    from osbuild import agent_binary
+
+    found = agent_binary.read_binary(file)
+    if run:
+        found = agent_binary.ask(file, found)
     if as_json:
-        console.print_json({"name": NAME, "version": version})
+        console.print_json(found.to_dict())
     else:
-        sys.stdout.write(f"{NAME} {version}\n")
+        results.print_agent(found)
 
 
 @cache_app.command("ls")
@@ -351,8 +407,8 @@ def inspect(
     """Say what a file holds, draw where it lies, and check all of it.
 
     Both MBRs, the nd_pfn superblock, the filesystem with every inode, the hash tree; and what a guest would see of it
-    as an NVDIMM, through virtio-pmem and through virtio-blk. What a hash tree must come to is also taken from a
-    manifest.json beside the file.
+    as an NVDIMM, through virtio-pmem and through virtio-blk. Of a qcow2 file its tables, not the disk in it. When a
+    manifest.json of ours lies beside the file, size, sha256 and what the hash tree must come to are held against it.
 
     Exit code: 0 nothing is wrong with it; 3 something is, or it is nothing that is known here.
     """

@@ -14,6 +14,9 @@ from osbuild.errors import HostError, InputError
 
 _CHUNK: Final = 1 << 20
 _ZEROS: Final = bytes(_CHUNK)
+_BLOCK: Final = 4096
+_ZERO_BLOCK: Final = bytes(_BLOCK)
+HOLE: Final = 64 << 10  # bytes of zeros from which on they are a hole
 
 
 class Content(Protocol):
@@ -191,6 +194,36 @@ def stretches(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
         if start < size:
             yield start, min(end, size) - start
         at = end
+
+
+def solid(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Offset and bytes of what is not zeros, in whole blocks, in the first `size` bytes of an open file.
+
+    Fewer than HOLE zeros count as data. So the answer depends on the bytes alone: what a file system says of holes is
+    its own affair, and only spares us reading them.
+    """
+    begin, end = 0, 0
+    for at in _blocks_with_data(descriptor, size):
+        if at - end >= HOLE:
+            if end:
+                yield begin, end - begin
+            begin = at
+        end = min(at + _BLOCK, size)
+    if size - end < HOLE:
+        end = size
+    if end:
+        yield begin, end - begin
+
+
+def _blocks_with_data(descriptor: int, size: int) -> Iterator[int]:
+    for start, length in stretches(descriptor, size):
+        first = start // _BLOCK * _BLOCK
+        for chunk in range(first, start + length, _CHUNK):
+            data = os.pread(descriptor, min(_CHUNK, start + length - chunk), chunk)
+            for at in range(0, len(data), _BLOCK):
+                block = data[at : at + _BLOCK]
+                if block != _ZERO_BLOCK[: len(block)]:
+                    yield chunk + at
 
 
 def write_all(descriptor: int, data: bytes | bytearray, offset: int) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from osbuild.content import stretches
 from osbuild.filesystem import READERS
 from osbuild.nvdimm_image import ALIGN, DATA_OFFSET, MIB, SECTOR, fletcher64
 from osbuild.tree import Backing
@@ -25,6 +26,7 @@ _SIGNATURE: Final = b"NVDIMM_PFN_INFO\0"
 _ENTRY: Final = struct.Struct("<B3sB3sII")
 _MODES: Final = {0: "none", 1: "RAM", 2: "PMEM"}
 _TYPES: Final = {0x83: "Linux", 0x82: "swap", 0x0B: "FAT", 0x0C: "FAT", 0xEE: "GPT", 0xEF: "EFI", 0x05: "extended"}
+_READ: Final = 1 << 20
 _RESERVE: Final = 8192  # bytes that the nd_pfn driver keeps at a namespace's start
 _PFN_FIELDS: Final[tuple[tuple[str, int, str], ...]] = (
     ("signature", 0, "16s"), ("uuid", 16, "16s"), ("parent_uuid", 32, "16s"), ("flags", 48, "I"),
@@ -105,6 +107,7 @@ def read_layout(backing: Backing) -> DiskLayout | None:
         if pfn is None and inner is None and not _looks_like_ours(outer):
             return None  # a boot sector of something else
         problems.append("no partition holds a filesystem that is known here")
+    problems += _behind(backing, max((part.start + part.size for part in partitions), default=backing.size))
     if not pfn and outer and not _leads_inside(outer):
         inner = None  # what happens to stand at 2 MiB belongs to the filesystem
     return DiskLayout(
@@ -237,6 +240,17 @@ def _differences(outer: Mbr, inner: Mbr) -> Iterator[str]:
             )
         if (one.type, one.boot) != (two.type, two.boot):
             yield f"the MBRs disagree on partition {number}: types {one.type:#x}, {two.type:#x}, or the boot flag"
+
+
+def _behind(backing: Backing, end: int) -> Iterator[str]:
+    """Bytes behind the last partition that are no zeros: of another image, or of a partition that an MBR has lost."""
+    for start, size in stretches(backing.descriptor, backing.size):
+        for at in range(max(start, end), start + size, _READ):
+            data = backing.read(at, min(_READ, start + size - at))
+            if data.strip(b"\0"):
+                first = at + len(data) - len(data.lstrip(b"\0"))
+                yield f"no partition reaches to the bytes from {first} on: the last one ends at {end}"
+                return
 
 
 def _partitions(backing: Backing, mbr: Mbr) -> Iterator[Partition]:

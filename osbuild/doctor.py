@@ -54,6 +54,10 @@ _WANTS: Final = (
     _Want("git", "git", "kernel patches", needed=False),
     _Want("ccache", "ccache", "faster kernel builds", needed=False),
     _Want("musl-gcc", "musl-tools", "a small agent; gcc alone gives a larger one", needed=False),
+    _Want(
+        "aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross", "the agent for aarch64", needed=False
+    ),
+    _Want("qemu-aarch64-static", "qemu-user-static", "the tests", needed=False),
     _Want("dockerd", "docker.io", "make demo", needed=False),
     _Want("mmdebstrap", "mmdebstrap", "make demo", needed=False),
     _Want("e2fsck", "e2fsprogs", "the tests", needed=False),
@@ -62,7 +66,7 @@ _WANTS: Final = (
 
 def examine() -> list[Finding]:
     """Every tool in turn, then the things that are no tools."""
-    return [*(_look_for(want) for want in _WANTS), _cache(), _docker(), _kvm()]
+    return [*(_look_for(want) for want in _WANTS), _zig(), _cache(), _docker(), _kvm()]
 
 
 def _look_for(want: _Want) -> Finding:
@@ -76,6 +80,16 @@ def _find(name: str, find: Callable[[str], str]) -> str:
         return "" if name.startswith("/") else find(name)
     except HostError:
         return ""
+
+
+def _zig() -> Finding:
+    from osbuild.agent_compiler import zig
+
+    found = " ".join(zig())
+    return Finding(
+        name="zig", state="here" if found else _OPTIONAL, purpose="a small agent for any architecture",
+        detail=found or "pip install 'osbuilder[cross]'",
+    )  # fmt: skip
 
 
 def _docker() -> Finding:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from osbuild import hash_check, verity
+from osbuild import hash_check, output, verity
 from osbuild.console import size_text
 from osbuild.disk_layout import PFN_AT, DiskLayout, Mbr
-from osbuild.errors import InputError
+from osbuild.errors import InputError, SpecError
 from osbuild.hash_check import Claim, HashTree
 from osbuild.manifest import MANIFEST
 from osbuild.nvdimm_image import ALIGN, MIB, SECTOR
-from osbuild.oci import parse_json
+from osbuild.oci import Json, parse_json
 from osbuild.subject import Filesystem, Subject, called, open_subject
 from osbuild.tree import Tree, quote
 from osbuild.view import View
@@ -85,6 +86,34 @@ class Inspection:
 def inspect(path: Path, claim: Claim | None = None) -> Inspection:
     """Look at a file. `claim` is what somebody says of its hash tree; else a manifest beside it may."""
     subject = open_subject(path)
+    found = _inspected(subject, claim)
+    other = _other_bytes(subject)
+    return replace(found, problems=(*found.problems, other)) if other else found
+
+
+def _other_bytes(subject: Subject) -> str:
+    """What is wrong with a file that a manifest.json beside it is about: not all that it holds checks itself."""
+    about = _said_by_manifest(subject.path)
+    said = about.get("size"), about.get("sha256")
+    if not all(said):
+        return ""
+    size, digest = os.fstat(subject.backing.descriptor).st_size, output.digest(subject.backing.descriptor)
+    if said == (size, digest):
+        return ""
+    return f"it is not what the {MANIFEST} beside it is about: {size} bytes with sha256 {digest}"
+
+
+def _said_by_manifest(path: Path) -> Json:
+    """What a manifest.json beside a file says of it; nothing when there is none, or it is somebody else's."""
+    try:
+        about = parse_json((path.parent / MANIFEST).read_bytes(), MANIFEST)["outputs"][path.name]
+    except (OSError, InputError, KeyError, TypeError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _inspected(subject: Subject, claim: Claim | None) -> Inspection:
+    path = subject.path
     if subject.kind == "initramfs":
         return _initramfs(subject)
     if subject.kernel is not None:
@@ -204,10 +233,8 @@ def _hash_tree(subject: Subject, layout: DiskLayout, claim: Claim | None) -> Has
 def _from_manifest(path: Path) -> Claim | None:
     """What a manifest.json beside an image says of it."""
     try:
-        document = parse_json((path.parent / MANIFEST).read_bytes(), MANIFEST)
-        about = document["outputs"][path.name]["verity"]
-        return hash_check.parse_params(str(about["params"]))
-    except (OSError, InputError, KeyError, TypeError, ValueError):
+        return hash_check.parse_params(str(_said_by_manifest(path)["verity"]["params"]))
+    except (KeyError, TypeError, SpecError):
         return None  # not ours, or about something else
 
 

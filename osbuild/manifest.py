@@ -31,17 +31,7 @@ def write(
         "vmlinuz": _measures(kernel.vmlinuz),
         "config": _measures(kernel.config),
     }
-    for name, root in roots.items():
-        about: Json
-        if isinstance(root, Initrd):
-            about = {
-                "compression": root.compression, "unpacked": root.unpacked, "entries": root.entries,
-                "resident": root.resident, "memory": root.memory, "skipped": root.skipped,
-                "lost_xattrs": root.lost_xattrs,
-            }  # fmt: skip
-        else:
-            about = about_disk(root)
-        outputs[NAMES[name]] = _measures(root.file) | about | {"words": list(root.words)}
+    outputs |= {NAMES[name]: _about_root(root) for name, root in roots.items()}
     document = {
         "schema": "osbuilder.manifest", "version": 1, "osbuilder": osbuild.__version__,
         "image": image.digest, "agent": rootfs.agent, "init": rootfs.init, "epoch": rootfs.epoch,
@@ -49,6 +39,48 @@ def write(
     }  # fmt: skip
     write_whole(out / MANIFEST, _encode(document))
     return document
+
+
+def _about_root(root: DiskImage | Initrd) -> Json:
+    if isinstance(root, Initrd):
+        about: Json = {
+            "compression": root.compression, "unpacked": root.unpacked, "entries": root.entries,
+            "resident": root.resident, "memory": root.memory, "skipped": root.skipped,
+            "lost_xattrs": root.lost_xattrs,
+        }  # fmt: skip
+    else:
+        about = about_disk(root)
+    return _measures(root.file) | about | {"words": list(root.words)}
+
+
+def load(out: Path) -> tuple[Json, Json]:
+    """manifest.json and lock.json as they are, for who changes a part of them; InputError when they are not ours."""
+    found = []
+    for name, keys in ((MANIFEST, ("outputs", "agent")), (LOCK, ("agent", "options"))):
+        where = quote(str(out / name))
+        try:
+            document = parse_json((out / name).read_bytes(), where)
+        except OSError as problem:
+            raise InputError(f"cannot read {where}: {problem.strerror}") from None
+        if not isinstance(document, dict) or any(key not in document for key in keys):
+            raise InputError(f"{where} is not one of ours")
+        found.append(document)
+    return found[0], found[1]
+
+
+def with_agent(
+    document: Json, lock: Json, rootfs: Rootfs, roots: Mapping[str, DiskImage | Initrd]
+) -> tuple[Json, Json]:
+    """Both of them after another agent was put in."""
+    outputs = dict(document["outputs"]) | {NAMES[name]: _about_root(root) for name, root in roots.items()}
+    agent = {"name": rootfs.agent, "sha256": rootfs.agent_sha256}
+    return document | {"agent": rootfs.agent, "outputs": outputs}, lock | {"agent": agent}
+
+
+def save(out: Path, document: Json, lock: Json) -> None:
+    """Write them: the manifest last."""
+    write_whole(out / LOCK, _encode(lock))
+    write_whole(out / MANIFEST, _encode(document))
 
 
 def about_disk(disk: DiskImage) -> Json:

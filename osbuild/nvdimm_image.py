@@ -29,7 +29,7 @@ from osbuild import command, verity
 from osbuild.artifacts import DiskImage, File, Verity
 from osbuild.errors import CommandError, HostError, InputError, SpecError
 from osbuild.filesystem import Filesystem, Plan
-from osbuild.output import digest, flushing, nameless, writing
+from osbuild.output import Hashing, flushing, nameless, writing
 from osbuild.tree import write_all
 
 MIB: Final = 1 << 20
@@ -206,7 +206,8 @@ def _make(out: Path, layout: Layout, plan: Plan, salt: bytes, *, file_format: st
     with writing(out, needs=needs) as descriptor, contextlib.ExitStack() as stack:
         if file_format == "raw":
             _write(descriptor, layout, plan)
-            stack.enter_context(flushing(descriptor))  # while the hashes are computed
+            stack.enter_context(flushing(descriptor))  # while the hashes are computed, each by a thread
+            hashing = stack.enter_context(Hashing(descriptor, layout.tree or layout.total))
             root_hash = _write_tree(descriptor, layout, salt)
         else:
             raw = stack.enter_context(nameless(out.parent))
@@ -214,8 +215,9 @@ def _make(out: Path, layout: Layout, plan: Plan, salt: bytes, *, file_format: st
             root_hash = _write_tree(raw, layout, salt)
             convert(raw, descriptor, file_format)
             stack.enter_context(flushing(descriptor))
+            hashing = stack.enter_context(Hashing(descriptor, 0))
         size = os.fstat(descriptor).st_size
-        return File(path=out, size=size, sha256=digest(descriptor)), root_hash
+        return File(path=out, size=size, sha256=hashing.finish()), root_hash
 
 
 def _first(*, header: bool) -> int:

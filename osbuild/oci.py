@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -325,15 +327,33 @@ def _parsed(data: bytes, where: str) -> object:
         if depth > _JSON_DEPTH:
             raise InputError(f"{where}: JSON nested more than {_JSON_DEPTH} deep")
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
     except ValueError as problem:
         raise InputError(f"{where}: not JSON: {problem}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Json:
+    """What a name means that stands twice, parsers do not agree on."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{quote(twice[:60])} stands twice in an object")
+    return found
+
+
+def _finite(text: str) -> float:
+    """A number that can be written as JSON again: CPython would take NaN, Infinity and 1e999."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no number")
+    return number
 
 
 def parse_descriptor(value: object, where: str) -> Descriptor:
     """A descriptor with a digest we know, a size that is one, and a media type."""
     if not isinstance(value, dict):
         raise InputError(f"{where}: a descriptor is missing")
+    _refuse_alike(value, where)
     size = value.get("size")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise InputError(f"{where}: size {quote(str(size)[:40])} in a descriptor")
@@ -360,11 +380,27 @@ def parse_descriptor(value: object, where: str) -> Descriptor:
     )
 
 
-def parse_index(data: bytes, where: str) -> tuple[Descriptor, ...]:
-    """The descriptors of an image index."""
+def _versioned(data: bytes, kinds: frozenset[str], where: str) -> Json:
+    """An index or a manifest that does not itself claim to be something else."""
     document = parse_json(data, where)
     if document.get("schemaVersion") != 2:
         raise InputError(f"{where}: schemaVersion is not 2")
+    _refuse_alike(document, where)
+    kind = document.get("mediaType")
+    if kind is not None and not (isinstance(kind, str) and kind in kinds):
+        raise InputError(f"{where}: calls itself {quote(str(kind)[:100])}, but was named as something else")
+    return document
+
+
+def _refuse_alike(document: Json, where: str) -> None:
+    """Go's parser, which most readers of images use, makes no difference between `layers` and `Layers`."""
+    if len({name.lower() for name in document}) < len(document):
+        raise InputError(f"{where}: two names in one object that differ in capitals only")
+
+
+def parse_index(data: bytes, where: str) -> tuple[Descriptor, ...]:
+    """The descriptors of an image index."""
+    document = _versioned(data, INDEX_TYPES, where)
     if "layers" in document or "config" in document:
         raise InputError(f"{where}: both an index and a manifest")
     manifests = document.get("manifests")
@@ -375,9 +411,7 @@ def parse_index(data: bytes, where: str) -> tuple[Descriptor, ...]:
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """An image manifest whose config and layers are of types we know."""
-    document = parse_json(data, where)
-    if document.get("schemaVersion") != 2:
-        raise InputError(f"{where}: schemaVersion is not 2")
+    document = _versioned(data, MANIFEST_TYPES, where)
     if "manifests" in document:
         raise InputError(f"{where}: both an index and a manifest")
     config = parse_descriptor(document.get("config"), where)
@@ -396,6 +430,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 def parse_config(data: bytes, where: str) -> ImageConfig:
     """An image's config: platform, and the digests of its layers when uncompressed."""
     document = parse_json(data, where)
+    _refuse_alike(document, where)
     rootfs = document.get("rootfs")
     if not isinstance(rootfs, dict) or rootfs.get("type") != "layers":
         raise InputError(f"{where}: a config without rootfs layers")

@@ -27,6 +27,7 @@ import typer
 
 from osbuild import console
 from osbuild import limits as limits_table
+from osbuild.agents import BUILTIN, absolute
 from osbuild.arch import Arch, find_arch, host_arch
 from osbuild.errors import SpecError
 from osbuild.filesystem import FILESYSTEMS
@@ -81,6 +82,10 @@ _VERITY_HELP: Final = (
     "add a hash tree for dm-verity as partition 2 (sha256, blocks of 4 KiB), and say what the kernel must be told; a "
     "boot uses either verity or DAX, and the file is good for both"
 )
+_AGENT_HELP: Final = (
+    "builtin (the default), or the path of an agent's binary, or of a tarball that holds one, such as "
+    "kata-static-agent.tar.zst"
+)
 
 OPTIONS: Final = (
     Option("platform", str, "image", "which image of several: OS/ARCHITECTURE[/VARIANT]; by default the guest's own"),
@@ -109,6 +114,7 @@ OPTIONS: Final = (
     Option("package-mirror", str, "recipe", "where the recipe's packages come from, a URL"),
     Option("fresh", bool, "recipe", "build the recipe again, whatever Docker remembers of it"),
     Option("init", str, "rootfs", "agent: it is the first process (the default); systemd: it is a service"),
+    Option("agent", str, "rootfs", _AGENT_HELP),
     Option("slim", bool, "rootfs", "leave out the systemd units that a guest has no use for"),
     Option("modules", Path, "rootfs", "a directory of kernel modules, …/lib/modules/RELEASE"),
     Option("hooks", Path, "rootfs", "a directory of OCI hooks: prestart/, poststart/, poststop/"),
@@ -268,7 +274,8 @@ def guest_spec(words: Words) -> GuestSpec:
 def rootfs_spec(words: Words) -> RootfsSpec:
     """What the guest's tree is to be."""
     return RootfsSpec(
-        init=words.get("init", "agent"), slim=words.get("slim", False), modules=words.get("modules"),
+        init=words.get("init", "agent"), agent=words.get("agent", BUILTIN), slim=words.get("slim", False),
+        modules=words.get("modules"),
         hooks=words.get("hooks"), policy=words.get("policy"), add=tuple(map(_addition, words.get("add", ()))),
         remove=tuple(words.get("remove", ())),
     )  # fmt: skip
@@ -349,6 +356,8 @@ def _value(option: Option, value: Any, path: Path, where: str) -> Any:
         value = float(value) if kind is float else str(value)
     if type(value) is not kind:
         raise SpecError(f"{where} is not {_TYPES[option.kind]}")
+    if option.name == "agent":
+        return absolute(str(value), path.parent)
     return path.parent / str(value) if option.kind is Path else value
 
 

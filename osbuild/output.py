@@ -168,17 +168,53 @@ def flushing(descriptor: int) -> Iterator[None]:
 
 
 def digest(descriptor: int) -> str:
-    """sha256 in hex of a whole open file; its holes are hashed, but not read."""
+    """sha256 in hex of a whole open file."""
     total = hashlib.sha256()
-    at, size = 0, os.fstat(descriptor).st_size
-    while at < size:
-        following = _next_data(descriptor, at, size)
+    _hash(total, descriptor, 0, os.fstat(descriptor).st_size)
+    return total.hexdigest()
+
+
+class Hashing:
+    """sha256 of an open file, whose first `end` bytes are finished: they are hashed while the rest is written."""
+
+    def __init__(self, descriptor: int, end: int) -> None:
+        self._descriptor = descriptor
+        self._end = end
+        self._total = hashlib.sha256()
+        self._problems: list[OSError] = []
+        self._thread = threading.Thread(target=self._begin, name="hashing")
+        self._thread.start()
+
+    def __enter__(self) -> Hashing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+
+    def finish(self) -> str:
+        """In hex, of the whole file as it is now."""
+        self._thread.join()
+        if self._problems:
+            raise self._problems[0]
+        _hash(self._total, self._descriptor, self._end, os.fstat(self._descriptor).st_size)
+        return self._total.hexdigest()
+
+    def _begin(self) -> None:
+        try:
+            _hash(self._total, self._descriptor, 0, self._end)
+        except OSError as problem:
+            self._problems.append(problem)
+
+
+def _hash(total: hashlib._Hash, descriptor: int, at: int, end: int) -> None:
+    """Add a part of a file; its holes are hashed, but not read."""
+    while at < end:
+        following = _next_data(descriptor, at, end)
         for start in range(at, following, _CHUNK):
             total.update(_ZEROS[: following - start])
-        data = os.pread(descriptor, _CHUNK, following)
+        data = os.pread(descriptor, min(_CHUNK, end - following), following)
         total.update(data)
         at = following + len(data)
-    return total.hexdigest()
 
 
 def check_output(path: Path) -> None:

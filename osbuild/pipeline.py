@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from osbuild import command, manifest, smoke
-from osbuild.agent import build_agent
+from osbuild.agents import BUILTIN, find_agent
 from osbuild.arch import MIB
 from osbuild.artifacts import DiskImage, File, Initrd, Kernel, Rootfs
 from osbuild.bootable import Problem, problems, workload_problems
@@ -108,8 +108,10 @@ def boot_again(out: Path, wishes: GuestSpec, show: Show) -> Report:
 def make_rootfs(spec: BuildSpec, image: SourceImage, cache: Cache, show: Show) -> Rootfs:
     """The guest's tree with the agent in it."""
     epoch = _created(image) if spec.epoch is None else spec.epoch
-    with show.step("building the agent", name="agent"):
-        agent = build_agent(spec.arch, cache)
+    own = spec.rootfs.agent == BUILTIN
+    with show.step("building the agent" if own else "reading the agent", name="agent") as step:
+        agent = find_agent(spec.rootfs.agent, spec.arch, cache)
+        step.note = "" if own else str(agent)
     with show.step("assembling the root filesystem", name="rootfs") as step:
         rootfs = assemble_rootfs(image, agent, epoch=epoch, clamp=spec.epoch is not None, wishes=spec.rootfs)
         check_bootable(rootfs, spec)
@@ -125,7 +127,7 @@ def make_rootfs(spec: BuildSpec, image: SourceImage, cache: Cache, show: Show) -
 def explain_rootfs(spec: BuildSpec, image: SourceImage, cache: Cache) -> tuple[Explained, ...]:
     """What each rule of the policy would do to this image."""
     epoch = _created(image) if spec.epoch is None else spec.epoch
-    agent = build_agent(spec.arch, cache)
+    agent = find_agent(spec.rootfs.agent, spec.arch, cache)
     return explain(image, agent, epoch=epoch, clamp=spec.epoch is not None, wishes=spec.rootfs)
 
 

@@ -16,6 +16,7 @@ from osbuild.listing import spell
 from osbuild.output import check_output, writing
 
 if TYPE_CHECKING:  # what is slow to import is imported by the command that needs it
+    from osbuild.agent_binary import AgentBinary
     from osbuild.doctor import Finding
     from osbuild.housekeeping import CacheItem
     from osbuild.pipeline import Build
@@ -185,6 +186,23 @@ def print_findings(findings: Sequence[Finding]) -> None:
                 lines += console.fold(detail, indent=head, hanging=" " * (states + 6))
     missing = [finding.name for finding in findings if finding.state == "missing"]
     lines.append(f"missing: {', '.join(missing)}" if missing else "all that is needed is here")
+    console.print_lines(lines)
+
+
+# --- agent version ---------------------------------------------------------------------------------------------------
+
+
+def print_agent(found: AgentBinary) -> None:
+    """What a program is, a fact in a line."""
+    facts = {
+        "agent": f"{found.name} {found.version}",
+        "architecture": found.arch,
+        "needs": found.interpreter or "nothing: it is static",
+        "protocol": found.protocol,
+    }
+    lines = [f"{name:14}{spell(value)}" for name, value in facts.items()]
+    for index, how in enumerate(found.evidence):
+        lines += console.fold(how, indent=f"{'' if index else 'seen':14}", hanging=" " * 14)
     console.print_lines(lines)
 
 

@@ -12,7 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
-from osbuild.agent import INIT, install_init, read_agent
+from osbuild.agent import INIT, Agent, install_init, read_agent
+from osbuild.agents import init_words
 from osbuild.artifacts import File, Rootfs
 from osbuild.chrony import chrony
 from osbuild.oci import Json
@@ -111,7 +112,7 @@ RULES: Final[tuple[Rule, ...]] = (
 
 
 def assemble_rootfs(
-    image: SourceImage, agent: File, *, epoch: int, clamp: bool = False, wishes: RootfsSpec | None = None
+    image: SourceImage, agent: File | Agent, *, epoch: int, clamp: bool = False, wishes: RootfsSpec | None = None
 ) -> Rootfs:
     """The guest's tree, with its agent. `epoch`, in seconds, is the time of all that we add; with `clamp` nothing is
     newer than it."""
@@ -126,7 +127,7 @@ def assemble_rootfs(
         epoch=epoch,
         agent=str(setting.agent),
         agent_sha256=setting.agent.sha256,
-        words=WORDS if setting.service else (),
+        words=WORDS if setting.service else init_words(setting.agent, service=False),
         dropped_xattrs=setting.dropped_xattrs,
         inputs=inputs,
     )
@@ -163,7 +164,7 @@ class Explained:
 
 
 def explain(
-    image: SourceImage, agent: File, *, epoch: int, clamp: bool = False, wishes: RootfsSpec | None = None
+    image: SourceImage, agent: File | Agent, *, epoch: int, clamp: bool = False, wishes: RootfsSpec | None = None
 ) -> tuple[Explained, ...]:
     """What each rule does to this image, in order; called like assemble_rootfs."""
     setting = _setting(image, agent, epoch, wishes)
@@ -179,10 +180,10 @@ def explain(
     return tuple(rows)
 
 
-def _setting(image: SourceImage, agent: File, epoch: int, wishes: RootfsSpec | None) -> Setting:
+def _setting(image: SourceImage, agent: File | Agent, epoch: int, wishes: RootfsSpec | None) -> Setting:
     return Setting(
         image=image,
-        agent=read_agent(agent),
+        agent=agent if isinstance(agent, Agent) else read_agent(agent),
         wishes=wishes or RootfsSpec(),
         epoch=epoch,
         dropped_xattrs=foreign_xattrs(image.tree),

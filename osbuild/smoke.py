@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from osbuild import autopsy, ttrpc, walk_check
+from osbuild.agent import NAME
+from osbuild.agent_binary import UNKNOWN
 from osbuild.agent_client import AgentClient
 from osbuild.artifacts import DiskImage, Initrd
 from osbuild.errors import SpecError
 from osbuild.findings import Unclear, Wrong
-from osbuild.report import Call, Cause, Check, SmokeReport, Verdict, printable
+from osbuild.report import Call, Cause, Check, SmokeReport, Verdict, printable, tail
 from osbuild.runtime import RUNTIMES
 from osbuild.runtime.base import Guest, Machine
 from osbuild.tree import quote
@@ -32,6 +35,7 @@ _LINE_SECONDS: Final = 2.0  # a line written before the agent answered is on the
 _POWEROFF_SECONDS: Final = 10.0
 _CONNECT_SECONDS: Final = 0.2
 _CALL_SECONDS: Final = 10.0  # for an agent that answered before
+_CONSOLE_BYTES: Final = 1 << 20  # in which the kernel has said what its root is
 _NOT_REACHED: Final = "not reached"
 _LAST_CHARACTERS: Final = 60  # of a console's last line, in a reason
 
@@ -171,7 +175,7 @@ def agent_answers(session: Session) -> str:
 def agent_version(session: Session) -> str:
     version = session.client.version(seconds=min(_CALL_SECONDS, session.left))
     wanted = session.machine.agent.rpartition(" ")[2]
-    if wanted and version.agent != wanted:
+    if wanted not in ("", UNKNOWN) and version.agent != wanted:
         raise Wrong(f"the agent that answers is {version.agent}, not the {wanted} that was put in")
     return f"{version.agent}, interface {version.grpc}"
 
@@ -183,11 +187,36 @@ def agent_details(session: Session) -> str:
     return f"{'a service' if session.service else 'PID 1'}, {details.agent.version}"
 
 
+def _logs_as_ours(session: Session) -> bool:
+    """Whether the agent that was put in says on the console what its root is, and which run it belongs to."""
+    return session.machine.agent.partition(" ")[0] in ("", NAME)
+
+
 def root_mounted(session: Session) -> str:
+    if not _logs_as_ours(session):
+        console = tail(session.guest.console, _CONSOLE_BYTES)
+        return judge_kernel(session.machine.root, console.decode(errors="replace"))
     fields = session.watcher.message("root mounted", min(_LINE_SECONDS, session.left))
     if fields is None:
         raise Unclear("no log line of the agent's on the console says what its root is")
     return judge_root(session.machine.root, fields)
+
+
+def judge_kernel(root: DiskImage | Initrd, console: str) -> str:
+    """The same from what the kernel says: which filesystem, on a disk; of an initramfs, that it starts /init of one."""
+    if isinstance(root, Initrd):
+        if not re.search(r"\] Run /init as init process", console):
+            raise Unclear("the kernel does not say that it starts /init of an initramfs")
+        return "initramfs, by the kernel's word"
+    found = re.search(r"\] VFS: Mounted root \((\w+) filesystem\)( readonly)? on device (\d+:\d+)", console)
+    if found is None:
+        raise Unclear("the kernel does not say what it mounted as root")
+    said = f"{found[1]} on device {found[3]}, {'read-only' if found[2] else 'writable'}, by the kernel's word"
+    if found[1] != root.filesystem:
+        raise Wrong(f"the root is not {root.filesystem} but {said}")
+    if bool(found[2]) is ("rw" in root.words):
+        raise Wrong(f"the root is mounted in the wrong way: {said}")
+    return said
 
 
 def judge_root(root: DiskImage | Initrd, fields: Mapping[str, Any]) -> str:
@@ -216,6 +245,8 @@ def judge_root(root: DiskImage | Initrd, fields: Mapping[str, Any]) -> str:
 
 
 def nonce_agrees(session: Session) -> str:
+    if not _logs_as_ours(session):
+        return "the answers came through this run's own channel; this agent says no nonce"
     fields = session.watcher.message("agent started", min(_LINE_SECONDS, session.left))
     if fields is None:
         raise Unclear("no log line of the agent's on the console says which run it belongs to")

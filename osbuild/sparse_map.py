@@ -78,15 +78,17 @@ def pax(
     read: Callable[[int, int], bytes], limits: Limits,
 ) -> Map:  # fmt: skip
     """The map that the records GNU.sparse.* of an extended header describe; `listed` are those that repeat."""
-    version = records.get(PREFIX + "major", b"0"), records.get(PREFIX + "minor", b"0")
+    version = records.get(PREFIX + "major"), records.get(PREFIX + "minor")
     name = records.get(PREFIX + "name")
+    if PREFIX + "size" in records and PREFIX + "realsize" in records:
+        raise OddError("a sparse map with two sizes")
     if version == (b"1", b"0"):
         if listed or PREFIX + "map" in records:
             raise OddError("two kinds of sparse maps")
         size = _decimal(records.get(PREFIX + "realsize", b""))
         pairs, used = _lines(body, stored, read, limits)
         return _checked(pairs, size, body + used, stored - used, limits, name)
-    if version not in ((b"0", b"0"), (b"0", b"1")):
+    if version not in ((None, None), (b"0", b"0"), (b"0", b"1")):
         raise OddError("a sparse map of an unknown version")
     size = _decimal(records.get(PREFIX + "size", b""))
     if listed and PREFIX + "map" in records:
@@ -95,6 +97,8 @@ def pax(
     blocks = records.get(PREFIX + "numblocks")
     if len(numbers) % 2 or (blocks is not None and _decimal(blocks) != len(numbers) // 2):
         raise OddError("a sparse map with another number of pieces than it says")
+    if not numbers:  # GNU tar ends a map with an empty piece; readers differ about whether one without is a map
+        raise OddError("a sparse map without pieces")
     _limit(len(numbers) // 2, limits)
     return _checked(list(zip(numbers[::2], numbers[1::2], strict=True)), size, body, stored, limits, name)
 

@@ -86,6 +86,7 @@ class RootfsSpec:
     """What the guest's tree is to be, besides what every guest needs: SpecError when it cannot be meant."""
 
     init: str = "agent"  # or systemd: the agent as one of its services
+    agent: str = "builtin"  # or the path of an agent, or of a tarball that holds one
     slim: bool = False  # without the systemd units that a guest has no use for
     modules: Path | None = None  # a directory of kernel modules: becomes /lib/modules/RELEASE
     hooks: Path | None = None  # a directory of OCI hooks: prestart/, poststart/, poststop/
@@ -95,6 +96,11 @@ class RootfsSpec:
 
     def __post_init__(self) -> None:
         _one_of("init", self.init, INITS)
+        if self.agent in ("", "kata"):
+            raise SpecError(
+                f"no agent {quote(self.agent)}",
+                hint="builtin, or the path of a kata-agent or kata-static-agent.tar.zst",
+            )
         for pattern in self.remove:
             _guest_path("remove", pattern)
 

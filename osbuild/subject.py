@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from osbuild import cpio_reader
+from osbuild import cpio_reader, qcow2
 from osbuild.borrowed import Borrowed
 from osbuild.cpio_reader import Archive
 from osbuild.disk_layout import DiskLayout, Partition, read_layout
@@ -17,7 +16,6 @@ from osbuild.kernel_file import KernelFile, read_kernel
 from osbuild.tree import Tree, quote
 
 QCOW2: Final = "qcow2 image"
-_QCOW2_MAGIC: Final = b"QFI\xfb"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +55,8 @@ def open_subject(path: Path) -> Subject:
     except OSError as problem:
         raise InputError(f"cannot read {quote(str(path))}: {problem.strerror}") from None
     head = backing.read(0, 4096)
-    if head.startswith(_QCOW2_MAGIC):
-        return _qcow2(path, backing, head)
+    if head.startswith(qcow2.MAGIC):
+        return _qcow2(path, backing)
     kernel = read_kernel(backing)
     if kernel is not None:
         return Subject(path=path, backing=backing, kind="kernel", kernel=kernel)
@@ -111,11 +109,11 @@ def called(partition: Partition) -> str:
     return f"partition {partition.number} {partition.kind}".rstrip() if partition.number else partition.kind
 
 
-def _qcow2(path: Path, backing: Borrowed, head: bytes) -> Subject:
-    if len(head) < 72:
-        raise InputError(f"{quote(str(path))}: a qcow2 image that is cut off in its header")
-    version, _, _, _, size = struct.unpack_from(">IQIIQ", head, 4)
-    problems = () if version in (2, 3) else (f"a qcow2 image of the unknown version {version}",)
+def _qcow2(path: Path, backing: Borrowed) -> Subject:
+    try:
+        found = qcow2.read(backing)
+    except InputError as problem:
+        raise InputError(f"{quote(str(path))}: {problem}") from None
     return Subject(
-        path=path, backing=backing, kind=QCOW2, virtual_size=size, problems=problems
+        path=path, backing=backing, kind=QCOW2, virtual_size=found.virtual_size, problems=found.problems
     )  # fmt: skip

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 import osbuild
+from osbuild.agent import Agent
 from osbuild.arch import ARCHES
 from osbuild.packages import Inventory, installed_packages
 from osbuild.rules import Outcome, Setting, applied
@@ -24,6 +25,12 @@ PATH: Final = "/var/lib/osbuilder/osbuilder.yaml"
 FORMAT: Final = "0.0.2"
 _NOT_STRINGS: Final = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))  # to YAML 1.1
 _URL: Final = "unknown"  # Kata's word for what it does not know: this project has no address yet
+
+_AGENT: Final = re.compile(
+    r'(?P<head>^agent:\n  url: "[^"\n]*"\n)  name: "(?P<name>[^"\n]*)"\n  version: "[^"\n]*"\n'
+    r'(?P<tail>  agent-is-init-daemon: "(?P<init>yes|no)"$)',
+    re.MULTILINE,
+)
 
 Yaml = str | int | Sequence["Yaml"] | Mapping[str, "Yaml"]
 
@@ -68,6 +75,19 @@ def describe(setting: Setting, found: Inventory) -> Mapping[str, Yaml]:
             "dropped-xattrs": dict(sorted(setting.dropped_xattrs.items())),
         },
     }
+
+
+def with_agent(text: str, agent: Agent) -> str | None:
+    """A summary that names another agent; None when it is none of ours."""
+    name, version = f"  name: {_scalar(agent.name)}\n", f"  version: {_scalar(agent.version)}\n"
+    changed, count = _AGENT.subn(lambda match: match["head"] + name + version + match["tail"], text)
+    return changed if count == 1 else None
+
+
+def agent_of(text: str) -> tuple[str, bool] | None:
+    """The name of the agent that a summary says is in a guest, and whether it is a service; None when it says none."""
+    found = _AGENT.search(text)
+    return (found["name"], found["init"] == "no") if found else None
 
 
 def _added(wishes: RootfsSpec) -> list[str]:

@@ -14,14 +14,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
-from osbuild import agent
+from osbuild.agent import Agent
+from osbuild.agents import AGENTS
 from osbuild.errors import InputError
 from osbuild.resources import render
 from osbuild.rules import Outcome, Setting, applied, idle
 from osbuild.tree import Draft, regular, symlink
 from osbuild.view import lookup
 
-PROGRAM: Final = f"/usr/bin/{agent.NAME}"  # where the agent lies when systemd starts it
 SERVICE: Final = "kata-agent.service"
 TARGET: Final = "kata-containers.target"
 TMP: Final = "tmp.mount"
@@ -114,14 +114,22 @@ def agent_as_service(draft: Draft, setting: Setting) -> Outcome:
             hint="--init agent needs none; Debian's is in the package systemd-sysv",
         )
     _make_init(draft, systemd, setting.now)
-    draft.put(PROGRAM, regular(setting.agent.data, 0o755, mtime_ns=setting.now))
+    for kind in AGENTS.values():
+        draft.remove(kind.PROGRAM)
+    draft.put(AGENTS[setting.agent.kind].PROGRAM, regular(setting.agent.data, 0o755, mtime_ns=setting.now))
     _clear_the_way(draft)
-    values = {"agent": setting.agent, "program": PROGRAM, "service": SERVICE, "target": TARGET}
-    for name in (SERVICE, TARGET):
-        draft.put(f"{units}/{name}", regular(render(f"{name}.j2", **values).encode(), mtime_ns=setting.now))
-    draft.put(_PRESET, regular(render("osbuilder.preset.j2", **values).encode(), mtime_ns=setting.now))
+    for name, text in unit_texts(setting.agent).items():
+        draft.put(f"{units}/{name}", regular(text.encode(), mtime_ns=setting.now))
+    preset = render("osbuilder.preset.j2", service=SERVICE, target=TARGET)
+    draft.put(_PRESET, regular(preset.encode(), mtime_ns=setting.now))
     _enable(draft, units, setting.now)
     return applied()
+
+
+def unit_texts(agent: Agent) -> dict[str, str]:
+    """The units of an agent that is a service, by name."""
+    values = {"agent": agent, "program": AGENTS[agent.kind].PROGRAM, "service": SERVICE, "target": TARGET}
+    return {name: render(f"{name}.j2", **values) for name in (SERVICE, TARGET)}
 
 
 def _make_init(draft: Draft, systemd: str, now: int) -> None:

@@ -150,6 +150,8 @@ class _Reader:
         if kind not in _TYPES:
             raise OddError(f"unknown tar member type {_shown(kind)}")
         ahead = self._ahead
+        if block[345]:
+            _check_prefix(block)
         raw = _name(block) if ahead.empty else ahead.name(_name(block))
         if raw.endswith(b"/") and kind in b"\x0007S":
             kind = _slashed(kind)
@@ -212,6 +214,8 @@ class _Reader:
                 self._ahead.records, self._ahead.listed, body, member.size, self._bytes, self._limits
             )  # fmt: skip
         if found.name:
+            if found.name.endswith(b"/"):
+                raise OddError("a sparse file whose name ends in '/'")
             member.name = _path(found.name, self._limits)
         stored, member.size, member.pieces = member.size, found.size, found.pieces
         if body + stored > self._end:
@@ -278,6 +282,12 @@ class _Ahead:
         return self.records.get("linkpath") or self._names.get(b"K", otherwise)
 
     def take(self, kind: bytes, data: bytes) -> None:
+        self._take(kind, data)
+        # CPython and we would go by the extended header, Go's reader (docker, containerd, scanners) by GNU's.
+        if (b"L" in self._names and "path" in self.records) or (b"K" in self._names and "linkpath" in self.records):
+            raise OddError("a long name of GNU's kind and another in an extended header")
+
+    def _take(self, kind: bytes, data: bytes) -> None:
         if kind in b"LK":
             if kind in self._names:
                 raise OddError("two long names for one member")
@@ -307,6 +317,16 @@ def _name(block: bytes) -> bytes:
     if block[345:346] not in b"\0" and block[257:263] == b"ustar\0":
         return block[345:500].partition(b"\0")[0] + b"/" + name
     return name
+
+
+def _check_prefix(block: bytes) -> None:
+    """Refuse what readers take differently: where one sees a part of the name, another sees times."""
+    if block[257:265] == b"ustar  \0":
+        # Go before 1.8 wrote names there, and its readers still look for them where there are no times.
+        _number(block[345:357], "access time", signed=True)
+        _number(block[357:369], "change time", signed=True)
+    elif block[257:263] == b"ustar\0" and block[508:512] == b"tar\0" and b"\0" not in block[345:476]:
+        raise OddError("a name's prefix that runs into the times of a star header")
 
 
 def _check_sum(block: bytes) -> None:

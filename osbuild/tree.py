@@ -141,11 +141,19 @@ class Tree(Mapping[str, Entry]):
                 path, number, entry.mode, entry.uid, entry.gid, entry.mtime_ns, entry.target,
                 entry.major, entry.minor, sorted(entry.xattrs.items()), entry.content.size,
             )  # fmt: skip
-            total.update(repr(fields).encode(errors="surrogateescape") + b"\n")
+            # Not repr(): which characters that writes as they are depends on the Unicode tables of each Python.
+            total.update(ascii(fields).encode() + b"\n")
             if first and entry.is_file:
                 for chunk in entry.content.chunks():
                     total.update(chunk)
         return total.hexdigest()
+
+
+def without_sockets(tree: Tree) -> Tree:
+    """What a filesystem holds of a tree: nothing listens on a socket in an image. The same tree when it has none."""
+    if not any(stat.S_ISSOCK(entry.mode) for entry in tree.values()):
+        return tree
+    return Tree({path: entry for path, entry in tree.items() if not stat.S_ISSOCK(entry.mode)})
 
 
 class _Directory(dict[str, "_Directory | Entry"]):
@@ -362,6 +370,9 @@ class Draft:
         """The directory that `above` leads to, made on the way when `create`; see `hide` for `made`."""
         path = f"{above}/{name}"
         trail = [self._root]
+        # Names below the trail's end that are not there: as umoci and containerd do it, a `..` takes them back.
+        missing: list[str] = []
+        blocked = ""  # the first of them, when there is something else of that name
         todo = _parts(above)
         written = len(todo)  # of the names still to come, those that the path itself has
         parts = todo[::-1]
@@ -372,22 +383,21 @@ class Draft:
             own = len(todo) < written
             written = min(written, len(todo))
             if part == "..":  # only from a link's target: names in layers have none
-                if len(trail) > 1:
+                if missing:
+                    missing.pop()
+                elif len(trail) > 1:
                     trail.pop()
                 continue
-            here = trail[-1]
-            child = here.get(part)
-            if child is None:
-                if not create:
-                    raise _MissingError(f"{quote(path)}: no such directory")
-                child = here[part] = self._new_directory(path)
-            if isinstance(child, _Directory):
-                trail.append(child)
-                if len(trail) > self._depth + 1:
+            child = None if missing else trail[-1].get(part)
+            if child is None or isinstance(child, _Directory) or not child.is_symlink:
+                if isinstance(child, _Directory):
+                    trail.append(child)
+                else:
+                    blocked = blocked if missing else part * (child is not None)
+                    missing.append(part)
+                if len(trail) + len(missing) > self._depth + 1:
                     raise InputError(f"{quote(path)}: more than {self._depth} directories above each other")
                 continue
-            if not child.is_symlink:
-                raise _MissingError(f"{quote(path)}: {quote(part)} on the way is not a directory")
             if own and "/" + "/".join(parts[: len(parts) - written]) in made:
                 raise _MissingError(f"{quote(path)}: {quote(part)} is a new directory")
             hops += 1
@@ -397,7 +407,18 @@ class Draft:
             more = _parts(child.target)
             self._step(len(more), path)
             todo.extend(more)
-        return trail[-1]
+        if missing and blocked:
+            raise _MissingError(f"{quote(path)}: {quote(blocked)} on the way is not a directory")
+        if missing and not create:
+            raise _MissingError(f"{quote(path)}: no such directory")
+        return self._make(trail[-1], missing, path)
+
+    def _make(self, here: _Directory, names: list[str], path: str) -> _Directory:
+        """Directories inside each other; `path` is what they are made for."""
+        for name in names:
+            inner = here[name] = self._new_directory(path)
+            here = inner
+        return here
 
     def _new_directory(self, path: str) -> _Directory:
         self.room -= 1

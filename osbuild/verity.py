@@ -54,6 +54,17 @@ def tree_size(size: int) -> int:
     return sum(blocks for _, blocks in _levels(size)) * BLOCK
 
 
+def first_level(size: int) -> int | None:
+    """Where in the tree over `size` bytes the digests of the data's own blocks begin; None when it has no levels."""
+    levels = _levels(size)
+    return levels[0][0] if levels else None
+
+
+def block_digest(salt: bytes, block: bytes) -> bytes:
+    """What the tree holds for one block."""
+    return hashlib.sha256(salt + block).digest()
+
+
 def default_salt(uuid: str) -> bytes:
     """The salt when none is asked for: from the filesystem's UUID, so from its content, and readable in the image."""
     return hashlib.sha256(b"osbuilder dm-verity salt " + uuid.encode()).digest()

@@ -81,6 +81,11 @@ def agent_policy(draft: Draft, setting: Setting) -> Outcome:
     """The agent's policy is in /etc/kata-opa, and default-policy.rego leads to it: what a host may ask of the guest."""
     source = setting.wishes.policy
     if source is None:
+        if setting.agent.wants_policy and lookup(draft, f"{POLICIES}/{DEFAULT_POLICY}") is None:
+            raise InputError(
+                f"{setting.agent} was built to obey a policy, and ends at once in a guest that has none",
+                hint="--policy FILE.rego; Kata's own allow-all.rego forbids nothing",
+            )
         return idle(_NOT_WISHED)
     entry = dict(read_host(source.resolve(), Spool(), newest=setting.now))[""]
     if not entry.is_file:

@@ -83,18 +83,18 @@ def workload(config: ImageConfig, draft: Draft) -> Workload | None:
     """What the image would run; None when it names no program. InputError for a user that the image does not have."""
     image = _mapping(config.document.get("config"), "config")
     args = (*_strings(image, "Entrypoint"), *_strings(image, "Cmd"))
-    if not args:
+    env, cwd, user = _strings(image, "Env"), _text(image, "WorkingDir"), _text(image, "User")
+    annotations = _annotations(config.document, image)
+    if not args:  # what is of the wrong kind was refused all the same
         return None
-    env = _strings(image, "Env")
     if not any(word.startswith("PATH=") for word in env):
         env = (*env, DEFAULT_PATH)
-    cwd = _text(image, "WorkingDir")
     return Workload(
         args=args,
         env=env,
         cwd=cwd if cwd.startswith("/") else f"/{cwd}",
-        user=find_user(_text(image, "User"), draft),
-        annotations=_annotations(config.document, image),
+        user=find_user(user, draft),
+        annotations=annotations,
     )
 
 

@@ -106,6 +106,19 @@ def replace_outputs(out: Path) -> None:
     sync(out)
 
 
+def put_in_place(out: Path) -> None:
+    """Put what was made over what is there under the same names; the rest of the build stays, but for its proof.
+
+    The manifest and the smoke test's report are about files that are no more.
+    """
+    (out / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(out / "smoke", ignore_errors=True)
+    for path in sorted((out / _NEW).iterdir()):
+        path.rename(out / path.name)
+    (out / _NEW).rmdir()
+    sync(out)
+
+
 def copy_file(file: File, out: Path) -> File:
     """A copy of a finished file, compared with what it should be."""
     with writing(out) as descriptor, file.path.open("rb") as source:

@@ -14,7 +14,8 @@ from osbuild.agent_client import AGENT, AgentClient
 from tests.agent_program import BUSYBOX
 
 APPLETS: Final = ("sh", "cat", "echo", "id", "ls", "sleep", "stat", "mount", "env", "pwd", "hostname", "true", "dd",
-                  "head", "stty", "grep", "mknod", "touch", "readlink", "umount", "mkdir", "kill", "ps", "sysctl", "trap")  # fmt: skip
+                  "head", "stty", "grep", "mknod", "touch", "readlink", "umount", "mkdir", "kill",
+                  "ps", "ln", "rm", "cut")  # fmt: skip
 PROC: Final = {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]}
 DEV: Final = {
     "destination": "/dev",
@@ -56,7 +57,7 @@ def make_root(path: Path) -> Path:
 def process(*args: str, capabilities: Sequence[str] = DOCKER, **fields: Any) -> Message:
     """A process that runs these words."""
     names = list(capabilities)
-    sets = {kind: names for kind in ("Bounding", "Effective", "Permitted")}
+    sets = dict.fromkeys(("Bounding", "Effective", "Permitted"), names)
     return {
         "Args": list(args),
         "Cwd": "/",
@@ -100,7 +101,11 @@ class Containers:
 
     def start(self, oci: Message, *, name: str = "", **fields: Any) -> str:
         name = self.create(oci, name=name, **fields)
-        self.call("StartContainer", container_id=name)
+        try:
+            self.call("StartContainer", container_id=name)
+        except ttrpc.StatusError:
+            self.remove(name)
+            raise
         return name
 
     def execute(self, name: str, *args: str, exec_id: str = "", **fields: Any) -> str:

@@ -16,15 +16,14 @@ import pytest
 
 from osbuild import command, ttrpc
 from osbuild.agent_client import AgentClient
-from osbuild.artifacts import Initrd, Kernel
+from osbuild.artifacts import DiskImage, Initrd, Kernel
 from osbuild.runtime import RUNTIMES
 from osbuild.runtime.base import Guest, Machine
 
-_SECONDS: Final = 20.0
+_SECONDS: Final = 60.0  # a busy machine is slow, and what fails must not fail by this
 _UNIFIED: Final = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))  # where a host has cgroup version 2
 # $1: the program; $2: its socket; $3: a directory of cgroup version 2. What the agent touches is its own: mounts,
-# processes, network, names, cgroups. What has no namespace it may not touch: clock, modules, power,
-# /sys.
+# processes, network, names, cgroups. What has no namespace it may not touch: clock, modules, power, /sys.
 _CONTAIN: Final = """
 set -e
 mkdir -p "$3"
@@ -88,7 +87,13 @@ def _remove(cgroup: Path) -> None:
 
 @contextlib.contextmanager
 def booted(
-    kernel: Kernel, root: Initrd, work: Path, *, memory_mib: int = 256, cpus: int = 1, words: tuple[str, ...] = ()
+    kernel: Kernel,
+    root: Initrd | DiskImage,
+    work: Path,
+    *,
+    memory_mib: int = 256,
+    cpus: int = 1,
+    words: tuple[str, ...] = (),
 ) -> Iterator[AgentClient]:
     """The agent as PID 1 of a guest; the console is work/console.log."""
     machine = Machine(kernel=kernel, root=root, memory_mib=memory_mib, cpus=cpus, accel="tcg", words=words)

@@ -78,6 +78,22 @@ def hidden_by(lower: Image, path: Path, member: dict[str, Any], own: set[Path]) 
 
 def real_directory(image: Image, written: Path, own: set[Path] | None = None) -> Path | None:
     """Where a directory really is; None if nowhere, as through a link that the layer makes a directory of its `own`."""
+    at = where(image, written, own)
+    return at if at is not None and image.get(at, {"type": "none"})["type"] == "dir" else None
+
+
+def make_directory(image: Image, written: Path) -> Path:
+    """The same, with everything made that is missing on the way there, and nothing besides."""
+    at = where(image, written, None)
+    assert at is not None
+    for count in range(len(at)):
+        if image.setdefault(at[: count + 1], implicit())["type"] != "dir":
+            raise RefusedError(f"{at[: count + 1]} on the way is no directory")
+    return at
+
+
+def where(image: Image, written: Path, own: set[Path] | None) -> Path | None:
+    """Where a path leads, word for word where there is no link; see real_directory for `own` and None."""
     at: Path = ()
     todo: list[tuple[str, Path | None]] = [(name, written[: n + 1]) for n, name in enumerate(written)]
     hops = 0
@@ -87,46 +103,17 @@ def real_directory(image: Image, written: Path, own: set[Path] | None = None) ->
             at = at[:-1]
             continue
         inode = image.get((*at, name))
-        if inode is None:
-            return None
-        if inode["type"] == "dir":
+        if inode is None or inode["type"] != "symlink":
             at = (*at, name)
-        elif inode["type"] == "symlink":
-            if own is not None and as_written in own:
-                return None
-            hops += 1
-            if hops > 40:
-                raise RefusedError("symbolic links in a circle")
-            if inode["target"].startswith("/"):
-                at = ()
-            todo = [(part, None) for part in inode["target"].split("/") if part not in ("", ".")] + todo
-        else:
-            return None
-    return at
-
-
-def make_directory(image: Image, written: Path) -> Path:
-    """Where a directory really is, with everything made that is missing on the way."""
-    at: Path = ()
-    todo = list(written)
-    hops = 0
-    while todo:
-        name = todo.pop(0)
-        if name == "..":
-            at = at[:-1]
             continue
-        inode = image.setdefault((*at, name), implicit())
-        if inode["type"] == "dir":
-            at = (*at, name)
-        elif inode["type"] == "symlink":
-            hops += 1
-            if hops > 40:
-                raise RefusedError("symbolic links in a circle")
-            if inode["target"].startswith("/"):
-                at = ()
-            todo = [part for part in inode["target"].split("/") if part not in ("", ".")] + todo
-        else:
-            raise RefusedError(f"{(*at, name)} on the way is no directory")
+        if own is not None and as_written in own:
+            return None
+        hops += 1
+        if hops > 40:
+            raise RefusedError("symbolic links in a circle")
+        if inode["target"].startswith("/"):
+            at = ()
+        todo = [(part, None) for part in inode["target"].split("/") if part not in ("", ".")] + todo
     return at
 
 

@@ -146,7 +146,7 @@ def test_memory_is_announced_at_addresses_in_capital_hexadecimal(plugged: Plugge
 
 
 def test_memory_cannot_be_announced_where_there_is_no_probe(plugged: Plugged) -> None:
-    with pytest.raises(ttrpc.StatusError, match="memory at 0x8000000 in .*probe: No such file") as refused:
+    with pytest.raises(ttrpc.StatusError, match=r"memory at 0x8000000 in .*probe: No such file") as refused:
         plugged.call("MemHotplugByProbe", memHotplugProbeAddr=[0x8000000])
     assert refused.value.code == INTERNAL
 

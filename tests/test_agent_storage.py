@@ -1,4 +1,4 @@
-"""Storages: the agent in namespaces of its own, under sanitizers; what is on a bus needs a guest, see test_agent_devices."""
+"""Storages: the agent in namespaces of its own, under sanitizers. For what is on a bus: test_agent_devices."""
 
 from __future__ import annotations
 
@@ -161,17 +161,18 @@ def test_local_storage_is_a_directory_with_the_mode_and_group_that_were_asked_fo
 
 
 @pytest.mark.parametrize("option", ["mode=99", "mode=", "mode=-1", "mode=77777", "fsgid=x", "fsgid=4294967295"])
-def test_a_mode_or_group_that_is_none_is_refused(agent_: Agent, option: str) -> None:
-    error = agent_.refuses({"driver": "local", "mount_point": f"{BASE}/local", "options": [option]})
+def test_a_mode_or_group_that_is_none_is_refused(only_agent: Agent, option: str) -> None:
+    error = only_agent.refuses({"driver": "local", "mount_point": f"{BASE}/local", "options": [option]})
     assert error.code == INVALID_ARGUMENT
-    assert not agent_.path(f"{BASE}/local").exists()
+    assert not only_agent.path(f"{BASE}/local").exists()
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["pagesize=2M"], ["size=2M"], ["pagesize=2M,size=1M"], ["pagesize=0", "size=0"], ["pagesize=2Q,size=2M"]]
+    "options",
+    [[], ["pagesize=2M"], ["size=2M"], ["pagesize=2M,size=1M"], ["pagesize=0", "size=0"], ["pagesize=2Q,size=2M"]],
 )
-def test_huge_pages_need_their_sizes(agent_: Agent, options: list[str]) -> None:
-    error = agent_.refuses(ephemeral(f"{BASE}/huge", fstype="hugetlbfs", options=options))
+def test_huge_pages_need_their_sizes(only_agent: Agent, options: list[str]) -> None:
+    error = only_agent.refuses(ephemeral(f"{BASE}/huge", fstype="hugetlbfs", options=options))
     assert error.code == INVALID_ARGUMENT
     assert "pagesize=" in error.message
 
@@ -179,11 +180,13 @@ def test_huge_pages_need_their_sizes(agent_: Agent, options: list[str]) -> None:
 # --- where something may be mounted ---
 
 
-@pytest.mark.parametrize("place", ["", "run/x", "/", "/run", "/run/../run/x", "/proc/x", "/sys", "/dev/x", "/" + "x" * 5000])
-def test_nothing_is_mounted_where_nothing_may_be(agent_: Agent, place: str) -> None:
-    before = agent_.mounts()
-    assert agent_.refuses(ephemeral(place)).code == INVALID_ARGUMENT
-    assert agent_.mounts() == before
+@pytest.mark.parametrize(
+    "place", ["", "run/x", "/", "/run", "/run/../run/x", "/proc/x", "/sys", "/dev/x", "/" + "x" * 5000]
+)
+def test_nothing_is_mounted_where_nothing_may_be(only_agent: Agent, place: str) -> None:
+    before = only_agent.mounts()
+    assert only_agent.refuses(ephemeral(place)).code == INVALID_ARGUMENT
+    assert only_agent.mounts() == before
 
 
 @pytest.mark.parametrize("place", ["/run/link", "/run/link/below", "/run/link/a/b"])
@@ -204,9 +207,11 @@ def test_var_run_is_another_name_of_run(agent_: Agent) -> None:
     assert f"{BASE}/volume" in agent_.mounts()
 
 
-@pytest.mark.parametrize("driver", ["", "watchable-bind", "image_guest_pull", "erofs.multi-layer", "blk-ccw", "x" * 5000])
-def test_a_driver_that_is_not_there_is_named(agent_: Agent, driver: str) -> None:
-    error = agent_.refuses({"driver": driver, "mount_point": f"{BASE}/x"})
+@pytest.mark.parametrize(
+    "driver", ["", "watchable-bind", "image_guest_pull", "erofs.multi-layer", "blk-ccw", "x" * 5000]
+)
+def test_a_driver_that_is_not_there_is_named(only_agent: Agent, driver: str) -> None:
+    error = only_agent.refuses({"driver": driver, "mount_point": f"{BASE}/x"})
     assert error.code == UNIMPLEMENTED
     assert driver[:80] in error.message
 
@@ -446,15 +451,15 @@ def test_a_sandbox_that_ends_while_a_volume_is_given_away_stops_that(agent_: Age
 @pytest.mark.parametrize(
     ("driver", "source"),
     [
-        *(("blk", text) for text in ("", "xy", "20", "00.8", "00.0.0", "00/", "/00", "02//01", "1/2/3/4" * 9, "02/01 ")),
+        *(("blk", text) for text in ("", "xy", "20", "00.8", "0.0.0", "00/", "/00", "2//1", "1/2/3/4" * 9, "02/01 ")),
         *(("scsi", text) for text in ("", "1", "1:", ":1", "1:2:3", "x:1", "256:0", "0:16384", "-1:0")),
         *(("nvdimm", text) for text in ("", "pmem0", "/dev/vda", "/dev/../dev/pmem0", "/dev/pmem" + "0" * 200)),
         *(("mmioblk", text) for text in ("", "vda", "/etc/passwd", "/dev/null", "/dev/../etc")),
     ],
 )
-def test_a_place_where_no_device_can_be_is_refused_at_once(agent_: Agent, driver: str, source: str) -> None:
+def test_a_place_where_no_device_can_be_is_refused_at_once(only_agent: Agent, driver: str, source: str) -> None:
     began = time.monotonic()
-    error = agent_.refuses({"driver": driver, "source": source, "fstype": "ext4", "mount_point": "/run/disk"})
+    error = only_agent.refuses({"driver": driver, "source": source, "fstype": "ext4", "mount_point": "/run/disk"})
     assert error.code == INVALID_ARGUMENT
     assert time.monotonic() - began < 2
 
@@ -473,9 +478,8 @@ def test_a_device_that_does_not_come_is_named_when_its_time_is_over(agent_: Agen
 
 def test_a_device_that_comes_late_is_found(agent_: Agent) -> None:
     agent_.inside("mount", "-t", "tmpfs", "tmpfs", "/dev/shm")
-    child = subprocess.Popen(
-        ["nsenter", f"--target={agent_pid(agent_.process)}", "--mount", "sh", "-c", "sleep 0.5; mknod /dev/shm/disk b 7 250"]
-    )
+    inside_ = ("nsenter", f"--target={agent_pid(agent_.process)}", "--mount")
+    child = subprocess.Popen([*inside_, "sh", "-c", "sleep 0.5; mknod /dev/shm/disk b 7 250"])
     began = time.monotonic()
     error = agent_.refuses({"driver": "blk", "source": "/dev/shm/disk", "fstype": "ext4", "mount_point": "/run/disk"})
     assert child.wait() == 0

@@ -82,6 +82,7 @@ def test_help_names_every_command_of_the_readme() -> None:
         (("build", "oci:x", "--add", "--slim"), 2, "--add: no value, for '--slim' is an option"),
         (("build", "oci:x", "--nosuch"), 2, "no such option: --nosuch"),
         (("build", "oci:x", "y"), 2, "unexpected extra argument"),
+        (("rootfs", "oci:x", "--json", "--tar", "-"), 2, "both want standard output"),
         (("smoke", "/no/such/build"), 3, "no finished build"),
         (("image", "docker-archive:/dev/null/x"), 3, "cannot read"),
     ],
@@ -89,11 +90,11 @@ def test_help_names_every_command_of_the_readme() -> None:
 def test_bad_input_gets_one_line_and_its_exit_code(
     words: tuple[str, ...], code: int, says: str, tmp_path: Path
 ) -> None:
-    out = ("-o", str(tmp_path / "out")) if words[0] != "smoke" else ()
+    out = ("-o", str(tmp_path / "out")) if words[0] not in ("smoke", "rootfs") else ()
     done = run(*words, *out, "--quiet")
     assert done.returncode == code, done.stderr
     assert says in one_line(done.stderr)
-    assert done.stdout == ""
+    assert "--json" in words or done.stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,14 @@ def test_an_explanation_begins_with_what_was_changed(layout: Path) -> None:
     assert said.index("summary:") < said.index("not asked for: removals, additions, ")
     assert "not for this image: " in said
     assert "1 more" not in said
+
+
+@pytest.mark.parametrize("words", ["--raw", "--tar {0}/out.tar", "--raw --json", "--raw --tar -"])
+def test_an_explanation_is_of_the_policy_and_writes_nothing(words: str, layout: Path, tmp_path: Path) -> None:
+    done = run("rootfs", f"oci:{layout}", "--explain", "--quiet", *words.format(tmp_path).split())
+    assert done.returncode == 2
+    assert "--explain is about the policy" in one_line(done.stderr)
+    assert not (tmp_path / "out.tar").exists()
 
 
 @pytest.mark.parametrize("command", ["image", "initrd", "build", "rootfs"])

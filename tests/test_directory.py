@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import stat
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from osbuild.content import HOLE, Content
 from osbuild.errors import HostError, InputError
 from osbuild.limits import Limits
 from osbuild.tree import Sparse, Spool
@@ -139,6 +141,7 @@ def test_holes_stay_holes(root: Path) -> None:
     stored = tree["/holes"].content
     assert isinstance(stored, Sparse)
     assert sum(size for _, _, size in stored.pieces) < 64 << 10
+    assert isinstance(tree["/only a hole"].content, Sparse)
     for name in ("only a hole", "tail", "none"):
         assert b"".join(tree[f"/{name}"].content.chunks()) == (root / name).read_bytes()
     at = 0
@@ -147,6 +150,43 @@ def test_holes_stay_holes(root: Path) -> None:
             assert file.read(len(data)) == data
             at += len(data)
     assert at == 1 << 30
+
+
+@pytest.mark.parametrize("way", ["never", "always"])
+def test_a_copy_with_other_holes_is_the_same_tree_with_the_same_pieces(way: str, root: Path, tmp_path: Path) -> None:
+    """One file system has a hole where another has zeros; what is made of the directory must not tell."""
+    chance = random.Random(way)
+    for number in range(40):
+        with (root / f"file{number}").open("wb") as file:
+            size = chance.choice((0, 1, 4096, HOLE - 1, HOLE, HOLE + 1, 300_000, 3 << 20))
+            file.truncate(size)
+            for _ in range(chance.choice((0, 1, 3))):
+                at = chance.randrange(size + 1)
+                file.seek(chance.choice((at, at // 4096 * 4096)))
+                file.write(chance.choice((b"x", bytes(5000), b"y" * 5000))[: size - file.tell()])
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-a", f"--sparse={way}", str(root), str(copy)], check=True)
+    used = [sum(path.lstat().st_blocks for path in home.rglob("*")) for home in (root, copy)]
+    assert used[0] != used[1], "the copy has other holes"
+    first, second = opened(f"dir:{root}").tree, opened(f"dir:{copy}").tree
+    assert first.digest() == second.digest()
+    assert [pieces_of(entry.content) for entry in first.values()] == [
+        pieces_of(entry.content) for entry in second.values()
+    ]
+    for number in range(40):
+        data = (root / f"file{number}").read_bytes()
+        content = first[f"/file{number}"].content
+        assert b"".join(content.chunks()) == data
+        edges = [0, *(edge for piece in pieces_of(content) for edge in piece), len(data)]
+        gaps = [end - begin for begin, end in zip(edges[::2], edges[1::2], strict=True)]
+        assert all(gap == 0 or gap >= HOLE for gap in gaps)
+
+
+def pieces_of(content: Content) -> list[tuple[int, int]]:
+    """Where each begins in the file, and ends."""
+    if isinstance(content, Sparse):
+        return [(at, at + size) for at, _, size in content.pieces]
+    return [(0, content.size)]
 
 
 def test_more_pieces_than_the_limit_are_refused(root: Path) -> None:

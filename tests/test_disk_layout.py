@@ -148,6 +148,18 @@ def test_a_header_with_other_values_and_a_right_checksum_is_judged_by_its_values
     assert dict(found.pfn.fields)["mode"] == "2 (PMEM)"
 
 
+def test_bytes_behind_the_last_partition_are_said(tmp_path: Path) -> None:
+    path = image(tmp_path / "i")
+    end = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(end + 4 * MIB)
+    assert layout(path).problems == (), "room behind it is nothing to speak of"
+    found = layout(changed(path, end + 3 * MIB + 5, b"x"))
+    assert found.problems == (
+        f"no partition reaches to the bytes from {end + 3 * MIB + 5} on: the last one ends at {end}",
+    )
+
+
 def test_overlapping_partitions_are_said(tmp_path: Path) -> None:
     path = image(tmp_path / "i", hashed=True)
     changed(path, 470, struct.pack("<I", 6144 + 8))

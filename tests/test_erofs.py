@@ -94,6 +94,14 @@ def test_no_tree_makes_fsck_complain(dax: bool, seed: int, tmp_path: Path) -> No
     fsck(tmp_path / "fs")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dax", [True, False])
+def test_a_thousand_trees_are_clean(dax: bool, tmp_path: Path) -> None:
+    for seed in range(1000):
+        write(random_tree(seed), tmp_path / "fs", start=seed * 4096, dax=dax)
+        fsck(tmp_path / "fs")
+
+
 @pytest.mark.parametrize("dax", [True, False])
 def test_what_fsck_extracts_is_what_the_tree_holds(dax: bool, tmp_path: Path) -> None:
     sizes = [0, 1, 4000, 4031, 4032, 4033, 4064, 4095, 4096, 4097, 8191, 8192, 10_000, 65_536, 65_537, 3 * MIB + 1]
@@ -302,6 +310,23 @@ def test_more_blocks_than_32_bits_can_count_are_refused(tmp_path: Path) -> None:
     content: Content = Enormous()
     with pytest.raises(InputError, match=r"2\^32 \(16 TiB\)"):
         erofs.plan(draft(f=regular(content)), start=START, epoch=EPOCH)
+
+
+def test_a_file_of_5_gib_and_what_lies_behind_it_are_found(tmp_path: Path) -> None:
+    made = draft(a__huge=regular(Enormous(5 << 30)), b__after=regular(b"after" * MIB))
+    plan = erofs.plan(made, start=START, epoch=EPOCH)
+    with (tmp_path / "fs").open("wb") as file:
+        file.truncate(plan.size)
+        erofs.Plan(
+            size=plan.size, uuid=plan.uuid, skipped=(),
+            pieces=[piece for piece in plan.pieces if not isinstance(piece[1], Enormous)],
+        ).write(file.fileno(), 0)  # fmt: skip
+    told = dump(tmp_path / "fs", "/a/huge")
+    assert (told["Size"], told["Inode size"]) == (str(5 << 30), "64")
+    with (tmp_path / "fs").open("rb") as file:
+        at = int(dump(tmp_path / "fs", "/b/after")["extents"])
+        assert at > 5 << 30
+        assert os.pread(file.fileno(), 5000, at) == b"after" * 1000
 
 
 @pytest.mark.parametrize("room", [Room(writable=True), Room(size=1 << 30), Room(free=4096)])

@@ -261,6 +261,31 @@ def test_damage_is_said_in_a_sentence(request_: str, sentence: str, source: Path
     assert any(re.search(sentence, problem) for problem in problems), problems
 
 
+JOURNAL_DAMAGE = {
+    "its magic number": (0, b"\0", "does not begin with a journal's superblock"),
+    "a bit that nobody reads": (1000, b"\1", "its checksum is"),
+    "its checksum": (0xFC, b"\0\1\2\3", "its checksum is"),
+    "its blocks": (12, struct.pack(">I", 1024), "its blocks have 1024 bytes"),
+    "its length": (16, struct.pack(">I", 5000), "it says that it has 5000 blocks, and has 1024"),
+    "a start": (28, struct.pack(">I", 5), "it is not empty"),
+}
+
+
+@pytest.mark.parametrize(("at", "data", "sentence"), JOURNAL_DAMAGE.values(), ids=JOURNAL_DAMAGE)
+def test_a_journal_that_no_kernel_would_take_is_said(at: int, data: bytes, sentence: str, tmp_path: Path) -> None:
+    """The kernel refuses to mount then, and e2fsck finds it, too."""
+    image = write(random_tree(1), tmp_path / "fs")
+    found = read(image)
+    assert found.problems == ()
+    journal = next(region.offset for region in found.regions if region.name == "journal")
+    with image.open("r+b") as file:
+        file.seek(journal + at)
+        file.write(data)
+    problems = read(image).problems
+    assert any(problem.startswith("the journal (inode 8): ") and sentence in problem for problem in problems), problems
+    assert subprocess.run([command.find("e2fsck"), "-fn", image], check=False, capture_output=True).returncode != 0
+
+
 def test_a_block_of_two_inodes_is_said_with_both(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source/a").write_bytes(b"a")

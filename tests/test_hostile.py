@@ -81,6 +81,11 @@ LAYERS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "an unknown member type": (lambda: header(kind=b"Z") + END, "unknown tar member type"),
     "a link with bytes": (lambda: header(kind=b"2", link=b"x", size=b"00000000001\0") + bytes(512) + END, "size is 1"),
+    "two names of two kinds": (
+        lambda: header(kind=b"L", size=b"%011o\0" % 2) + b"n\0".ljust(512, b"\0") + pax(path="p") + header() + END,
+        "'p': a long name of GNU's kind and another"),
+    "a prefix where GNU has times": (
+        lambda: header(magic=b"ustar ", version=b" \0", prefix=b"etc") + END, "'file': access time 'etc'"),
     "data after the end": (lambda: header() + bytes(512) + header(name=b"b") + END, "single zero block"),
     "no archive at all": (lambda: b"MZ" * 2000, "checksum"),
     "a header cut off": (lambda: header()[:300], "cut off"),
@@ -157,6 +162,10 @@ LIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str]] = {
     ),
     "a manifest that is an index too": (lambda m, c: m.update(manifests=[]), "both an index and a manifest"),
     "an old schema": (lambda m, c: m.update(schemaVersion=1), "schemaVersion is not 2"),
+    "a manifest that calls itself an index": (
+        lambda m, c: m.update(mediaType="application/vnd.oci.image.index.v1+json"), "calls itself"),
+    "names that differ in capitals": (lambda m, c: m.update(Layers=[]), "differ in capitals only"),
+    "a number that JSON has not": (lambda m, c: c.update(x=float("nan")), "NaN is no number"),
     "another system": (lambda m, c: c.update(os="windows"), "windows/amd64"),
     "another machine": (lambda m, c: c.update(architecture="s390x"), "linux/s390x"),
     "a config that is no image's": (lambda m, c: m["config"].update(mediaType="text/html"), "is not an image's config"),

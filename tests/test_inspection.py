@@ -8,6 +8,7 @@ import random
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from osbuild import command, hash_check, initrd
-from osbuild.artifacts import Kernel
+from osbuild.artifacts import Kernel, Rootfs
 from osbuild.errors import InputError, SpecError
 from osbuild.filesystem import erofs, ext4
 from osbuild.inspection import Inspection, drawing, inspect
@@ -220,6 +221,64 @@ def test_a_qcow2_image_is_said_to_be_one(tmp_path: Path) -> None:
     assert found.kind == "qcow2 image"
     assert "104857600 bytes" in found.facts["qcow2"]["virtual size"]
     assert "qemu-img convert" in found.notes[0]
+
+
+QCOW2_DAMAGE = {
+    "a cut in the header": (lambda data: data[:71], "cut off in its header"),
+    "a cut after the header": (lambda data: data[:104], "its first table goes beyond the end, 104"),
+    "a cut in the data": (lambda data: data[:-65536], "and the file ends at"),
+    "a cut in a table": (lambda data: data[: 4 * 65536 + 100], "table 0 begins at 262144"),
+    "a later version": (lambda data: patched(data, 4, b"\0\0\0\x09"), "unknown version 9"),
+    "another file": (lambda data: patched(data, 8, struct.pack(">QI", 200, 3)), "without another file"),
+    "clusters of 1 byte": (lambda data: patched(data, 20, bytes(4)), "its clusters have 2^0 bytes"),
+    "no size": (lambda data: patched(data, 24, bytes(8)), "the disk has 0 bytes"),
+    "encryption": (lambda data: patched(data, 32, b"\0\0\0\1"), "it is encrypted"),
+    "a short table": (lambda data: patched(data, 36, bytes(4)), "its first table has 0 entries, and the disk takes 1"),
+    "a table elsewhere": (lambda data: patched(data, 40, b"\xff" * 8), "its first table goes beyond the end"),
+    "counts elsewhere": (lambda data: patched(data, 48, b"\xff" * 8), "its table of reference counts goes beyond"),
+    "an entry that leads nowhere": (
+        lambda data: patched(data, 3 * 65536, b"\x80\0\0\0\0\0\2\0"),
+        "no table of its own is",
+    ),
+}
+
+
+def patched(data: bytes, at: int, new: bytes) -> bytes:
+    return data[:at] + new + data[at + len(new) :]
+
+
+@pytest.mark.parametrize(("damage", "sentence"), QCOW2_DAMAGE.values(), ids=QCOW2_DAMAGE)
+def test_a_damaged_qcow2_image_is_said(damage: Callable[[bytes], bytes], sentence: str, tmp_path: Path) -> None:
+    disk = image(tmp_path / "i", header=False)
+    command.run("qemu-img", "convert", "-O", "qcow2", str(disk), str(tmp_path / "q"))
+    assert inspect(tmp_path / "q").problems == ()
+    (tmp_path / "q").write_bytes(damage((tmp_path / "q").read_bytes()))
+    try:
+        problems = inspect(tmp_path / "q").problems
+    except InputError as problem:
+        problems = (str(problem),)
+    assert any(sentence in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("words", [(), ("-c",), ("-o", "cluster_size=4096"), ("-o", "compat=0.10")], ids=str)
+def test_every_kind_of_qcow2_that_qemu_img_writes_is_whole(words: tuple[str, ...], tmp_path: Path) -> None:
+    disk = image(tmp_path / "i", header=False)
+    command.run("qemu-img", "convert", "-O", "qcow2", *words, str(disk), str(tmp_path / "q"))
+    assert inspect(tmp_path / "q").problems == ()
+
+
+@pytest.mark.parametrize("compress", ["lz4", "none"])
+def test_what_checks_nothing_itself_is_held_against_the_manifest_beside_it(compress: str, tmp_path: Path) -> None:
+    """An initramfs without a checksum: only its digest says that a byte of a file is another."""
+    rootfs = Rootfs(tree=Tree(FILES | {"/init": FILES["/sbin/init"]}), init="/init", epoch=0)
+    made = initrd.build_initrd(rootfs, tmp_path / "i", compress=compress)
+    about = {"size": made.file.size, "sha256": made.file.sha256}
+    (tmp_path / "manifest.json").write_text(json.dumps({"outputs": {"i": about}}))
+    assert inspect(tmp_path / "i").problems == ()
+    changed(tmp_path / "i", made.file.size // 2, b"\xaa\x55")
+    assert any("not what the manifest.json beside it" in problem for problem in inspect(tmp_path / "i").problems)
+    (tmp_path / "manifest.json").write_text('{"outputs": {"i": ["of", "somebody", "else"]}}')
+    assert inspect(tmp_path / "i").problems == ()
 
 
 def test_both_kernels_say_their_release(kernel: Kernel, tmp_path: Path) -> None:

@@ -49,6 +49,26 @@ def test_a_parent_that_is_a_link_is_followed_inside_the_tree() -> None:
     assert tree["/bin"].is_symlink
 
 
+PASSING = (folder("d"), member("d/x"), member("f"), link("gone", "no/such/../../d"), link("file", "f/../d"))
+
+
+@pytest.mark.parametrize("way", ["gone", "file"])
+def test_what_a_link_only_passes_need_not_be_there_and_is_not_made(way: str) -> None:
+    """As umoci and containerd do it, for members, whiteouts and hard links alike."""
+    there = {"/", "/d", "/d/x", "/f", "/file", "/gone"}
+    assert set(stack(archive(*PASSING, member(f"{way}/new")))) == there | {"/d/new"}
+    assert set(stack(archive(*PASSING), archive(member(f"{way}/.wh.x")))) == there - {"/d/x"}
+    assert set(stack(archive(*PASSING), archive(member(f"{way}/.wh..wh..opq")))) == there - {"/d/x"}
+    linked = stack(archive(*PASSING, hardlink("h", f"{way}/x")))
+    assert linked["/h"] is linked["/d/x"]
+
+
+def test_where_a_link_ends_at_a_file_is_no_directory() -> None:
+    with pytest.raises(InputError, match="'f' on the way is not a directory"):
+        stack(archive(member("f"), link("l", "f/g/.."), member("l/x")))
+    assert "/d/x" in stack(archive(*PASSING, link("l", "f/g/..")), archive(member("l/.wh.x")))
+
+
 def test_a_link_cannot_lead_out_of_the_tree() -> None:
     tree = stack(archive(link("out", "../../../../etc")), archive(member("out/passwd", b"x")))
     assert body(tree, "/etc/passwd") == b"x"
@@ -309,7 +329,7 @@ def test_limits_hold_for_all_layers_together(limits: Limits, rule: str) -> None:
 
 
 def test_the_holes_of_sparse_files_count() -> None:
-    huge = pax({"GNU.sparse.map": b"", "GNU.sparse.size": b"%d" % (40 << 30)})
+    huge = pax({"GNU.sparse.map": b"0,0", "GNU.sparse.size": b"%d" % (40 << 30)})
     with pytest.raises(InputError, match="all files together"):
         stack(huge + header(name=b"a") + huge + header(name=b"b"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -256,6 +257,10 @@ def test_a_plain_manifest_is_read() -> None:
         ({"layers": None}, "without layers"),
         ({"layers": [1]}, "descriptor is missing"),
         ({"manifests": []}, "both an index and a manifest"),
+        ({"mediaType": "application/vnd.oci.image.index.v1+json"}, "calls itself 'application/vnd.oci.image.index"),
+        ({"mediaType": ["application/vnd.oci.image.manifest.v1+json"]}, "calls itself"),
+        ({"Layers": []}, "differ in capitals only"),
+        ({"config": {"mediaType": "x/y", "digest": DIGEST, "Digest": DIGEST, "size": 1}}, "differ in capitals only"),
         ({"config": {"mediaType": "x/y", "digest": DIGEST, "size": 1}}, "not an image's config"),
         ({"layers": [{"mediaType": "x/y", "digest": DIGEST, "size": 1}]}, "unknown layer type"),
         ({"layers": [{"mediaType": "x/y", "digest": DIGEST, "size": -1}]}, "size"),
@@ -302,6 +307,46 @@ def test_a_list_of_objects_is_one_and_nothing_besides(data: bytes) -> None:
     assert oci.parse_json_objects(b'[{"a":1}, {}]', "here") == [{"a": 1}, {}]
     with pytest.raises(InputError, match="here: not"):
         oci.parse_json_objects(data, "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 1}}', "'c' stands twice in an object"),
+        ('{"\\u0061\\u001b": 1, "a\\u001b": 1}', r"'a\\x1b' stands twice"),
+        ('{"a": NaN}', "NaN is no number"),
+        ('{"a": [-Infinity]}', "-Infinity is no number"),
+        ('{"a": 1e999}', "1e999 is no number"),
+        ('{"a": ' + "9" * 5000 + "}", "limit"),
+        ("\ufeff{}", "BOM"),
+        ("{} x", "Extra data"),
+    ],
+)
+def test_what_parsers_do_not_agree_about_is_refused(text: str, rule: str) -> None:
+    with pytest.raises(InputError, match=rule) as caught:
+        oci.parse_json(text.encode(), "here")
+    assert str(caught.value).isprintable()
+
+
+def test_a_name_twice_among_many_is_found_in_linear_time() -> None:
+    names = ",".join(f'"{n}":0' for n in range(300_000))
+    began = time.monotonic()
+    with pytest.raises(InputError, match="'299999' stands twice"):
+        oci.parse_json(f'{{{names},"299999":0}}'.encode(), "here")
+    assert time.monotonic() - began < 20
+
+
+def test_an_index_that_calls_itself_a_manifest_is_refused() -> None:
+    kind = "application/vnd.oci.image.manifest.v1+json"
+    with pytest.raises(InputError, match="calls itself"):
+        oci.parse_index(json.dumps({"schemaVersion": 2, "mediaType": kind, "manifests": []}).encode(), "here")
+
+
+def test_labels_may_differ_in_capitals_only() -> None:
+    document = {"rootfs": {"type": "layers", "diff_ids": [DIGEST]}, "config": {"Labels": {"a": "1", "A": "2"}}}
+    assert oci.parse_config(json.dumps(document).encode(), "here").document == document
+    with pytest.raises(InputError, match="capitals"):
+        oci.parse_config(json.dumps(document | {"RootFS": {}}).encode(), "here")
 
 
 def test_brackets_inside_strings_are_no_depth() -> None:

@@ -44,6 +44,7 @@ fresh = true
 
 [rootfs]
 init = "systemd"
+agent = "kata-static-agent.tar.zst"
 slim = true
 modules = "lib/modules/6.12"
 hooks = "hooks"
@@ -96,6 +97,7 @@ def test_a_file_can_say_every_word_there_is(tmp_path: Path) -> None:
     assert (spec.guest.transport, spec.guest.checks) == ("serial", ("agent", "root"))
     assert spec.rootfs.init == "systemd"
     assert spec.rootfs.slim
+    assert spec.rootfs.agent == str(tmp_path / "kata-static-agent.tar.zst")
     assert spec.rootfs.modules == tmp_path / "lib/modules/6.12"
     assert (spec.rootfs.add[0].source, spec.rootfs.add[0].target) == (tmp_path / "motd", "/etc/motd")
     assert spec.registry.mirrors == {"docker.io": ("mirror.example", "second.example")}

@@ -16,7 +16,7 @@ from osbuild.filesystem import FILESYSTEMS
 from osbuild.initrd import COMPRESSIONS
 from tests.elsewhere import NOBODY, Elsewhere, give_to_nobody, need_root
 
-pytestmark = [pytest.mark.xdist_group("same bytes"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("same bytes"), pytest.mark.timeout(900)]
 
 EPOCH = {"SOURCE_DATE_EPOCH": "1700000000"}
 # What is built: every filesystem and every compression, with everything that is made from the tree.
@@ -72,10 +72,17 @@ def make_root(root: Path, *, reverse: bool) -> None:
     """The same files, made in one order or the other: on disk they lie, and are listed, in different orders."""
     files = {f"usr/lib/d{number % 5}/file-{number}": b"%d " % number * (number * 9) for number in range(150)}
     files["usr/lib/large"] = bytes(range(256)) * 9000
+    files["usr/\U0001fae8"] = b"a character that Python 3.13 knows, and 3.11 does not"
+    files["usr/sparse"] = bytes(1 << 20) + b"1"
     files["etc/passwd"] = b"root:x:0:0::/root:/bin/sh\n"
     for name in sorted(files, reverse=reverse):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        if reverse and name == "usr/sparse":
+            with path.open("wb") as file:
+                file.seek(1 << 20)
+                file.write(b"1")
+            continue
         path.write_bytes(files[name])
     for path in sorted(root.rglob("*"), reverse=True):
         path.chmod(0o755 if path.is_dir() else 0o644)

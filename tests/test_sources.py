@@ -16,13 +16,14 @@ import socketserver
 import subprocess
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from osbuild import distribution, listing, tar_writer, zstd
+from osbuild import distribution, listing, sources, tar_writer, zstd
 from osbuild.arch import AARCH64, X86_64
 from osbuild.cache import Cache
 from osbuild.errors import HostError, InputError, SpecError
@@ -64,6 +65,10 @@ class _Daemon(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     body = b""
     status = 200
+    fault = ""  # what goes wrong in the middle of a save
+
+    def handle_error(self, request: object, address: object) -> None:
+        """A client that has gone away is no news."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -82,8 +87,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(200, json.dumps({"ApiVersion": "1.41", "MinAPIVersion": "1.12"}).encode())
         elif server.status != 200:
             self._answer(server.status, json.dumps({"message": "No such image"}).encode())
+        elif server.fault:
+            self._break(server.fault, server.body)
         else:
             self._answer(200, server.body)
+
+    def _break(self, fault: str, body: bytes) -> None:
+        """Half of the body, in one framing or the other, and then nothing more: at once, or after a while."""
+        self.send_response(200)
+        chunked = fault == "a chunk is cut"
+        self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(len(body)))))
+        self.end_headers()
+        half = body[: len(body) // 2]
+        self.wfile.write(b"%x\r\n" % len(body) * chunked + half)
+        self.wfile.flush()
+        if fault == "it hangs":
+            time.sleep(6)
+        self.close_connection = True
 
     def _answer(self, status: int, body: bytes) -> None:
         self.send_response(status)
@@ -244,6 +264,26 @@ def test_a_save_that_was_cut_off_is_refused(daemon: _Daemon) -> None:
     daemon.body = save()[: len(save()) // 2 + 100]
     with pytest.raises(InputError):
         opened("docker-daemon:x", X86_64)
+
+
+@pytest.mark.parametrize("fault", ["it dies", "a chunk is cut", "it hangs"])
+def test_a_daemon_that_stops_in_the_middle_is_the_hosts_lack(
+    fault: str, daemon: _Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources.daemon, "SECONDS", 1)
+    daemon.body, daemon.fault = save(), fault
+    began = time.monotonic()
+    with pytest.raises(HostError, match="the Docker daemon could not give 'x:latest'") as caught:
+        opened("docker-daemon:x", X86_64)
+    assert str(caught.value).isprintable()
+    assert time.monotonic() - began < 5, "it waited for the end of the silence"
+
+
+def test_a_daemon_that_refuses_is_quoted_in_one_line(daemon: _Daemon) -> None:
+    daemon.status = 500
+    with pytest.raises(HostError, match=r"could not give .x:latest.: 500 .*No such image") as caught:
+        opened("docker-daemon:x", X86_64)
+    assert str(caught.value).isprintable()
 
 
 def test_a_layer_that_stands_twice_is_read_through_its_link(tmp_path: Path) -> None:

@@ -117,7 +117,14 @@ def test_padding_after_the_end_is_ignored() -> None:
     assert len(read(header() + END + b"junk".ljust(512, b"\0"))) == 1
 
 
+def star(prefix: bytes) -> bytes:
+    """A header of star's kind: 131 bytes of prefix, two times, and a mark of its own at the end."""
+    block = header(prefix=prefix.ljust(131, b"\0") + b"00000000000 " * 2)[:508] + b"tar\0"
+    return block[:148] + b"%06o\0 " % (sum(block[:148]) + sum(block[156:]) + 256) + block[156:]
+
+
 GOOD = header()
+LONG_NAME = header(kind=b"L", size=b"%011o\0" % 2) + padded(b"n\0")
 BAD = {
     "a wrong checksum": (header(checksum=b"000000\0 "), "checksum"),
     "a wrong checksum after a good member": (GOOD + header(name=b"x", checksum=b"000000\0 "), "checksum"),
@@ -140,6 +147,21 @@ BAD = {
     "an empty long name": (header(kind=b"L") + GOOD, "without a name"),
     "a long name of 5000 bytes": (header(kind=b"L", size=b"%011o\0" % 5000) + bytes(5120) + GOOD, "more than 4097"),
     "two long names": ((header(kind=b"L", size=b"%011o\0" % 2) + padded(b"n\0")) * 2 + GOOD, "two long names"),
+    "a long name and a path": (LONG_NAME + pax({"path": b"p"}) + GOOD, "of GNU's kind and another"),
+    "a path and a long name": (pax({"path": b"p"}) + LONG_NAME + GOOD, "of GNU's kind and another"),
+    "a long target and a linkpath": (
+        header(kind=b"K", size=b"%011o\0" % 2) + padded(b"t\0") + pax({"linkpath": b"p"}) + header(kind=b"2"),
+        "of GNU's kind and another"),
+    "a prefix in a header of GNU's": (
+        header(magic=b"ustar ", version=b" \0", prefix=b"etc/cron.d"), "access time 'etc/cron.d' is not octal"),
+    "a prefix in the second time of GNU's": (
+        header(magic=b"ustar ", version=b" \0", prefix=b"14000000000\0etc/cron.d"), "change time 'etc/cron.d'"),
+    "a prefix that runs into star's times": (star(b"p" * 131), "runs into the times of a star header"),
+    "a number with more behind its end": (header(mode=b"644\0junk"), "not octal"),
+    "a size with a sign in a record": (pax({"size": b"-1"}) + GOOD, "size '-1'"),
+    "a number in other digits": (pax({"uid": "\u0661".encode()}) + GOOD, "uid"),
+    "a record of length zero": (header(kind=b"x", size=b"%011o\0" % 4) + padded(b"0 a=") + GOOD, "wrong length"),
+    "a volume's name": (header(kind=b"V", name=b"vol"), "unknown tar member type"),
     "a NUL in a long name": (header(kind=b"L", size=b"%011o\0" % 4) + padded(b"a\0b\0") + GOOD, "NUL"),
     "two extended headers, the first one empty": (header(kind=b"x") + pax({"uid": b"1"}) + GOOD, "two extended"),
     "a record without a name": (header(kind=b"x", size=b"%011o\0" % 5) + padded(b"5 =v\n") + GOOD, "without a name"),
@@ -161,10 +183,20 @@ BAD = {
     "a sparse file cut off": (old_sparse([(0, 1 << 20)], 1 << 21), "stored bytes end after"),
     "a sparse map cut off": (old_sparse([(n, 1) for n in range(99)], 1024)[:1024], "sparse map is cut off"),
     "a sparse file of 2^62 bytes": (
-        pax({"GNU.sparse.map": b"", "GNU.sparse.size": b"%d" % (1 << 62)}) + GOOD, "a file may have"),
+        pax({"GNU.sparse.map": b"0,0", "GNU.sparse.size": b"%d" % (1 << 62)}) + GOOD, "a file may have"),
     "a sparse directory": (pax({"GNU.sparse.map": b"", "GNU.sparse.size": b"0"}) + header(kind=b"5"), "none can be"),
     "a sparse map of version 2": (pax({"GNU.sparse.major": b"2"}) + GOOD, "unknown version"),
     "a sparse map of odd length": (pax({"GNU.sparse.map": b"1", "GNU.sparse.size": b"9"}) + GOOD, "number of pieces"),
+    "a sparse map without pieces": (pax({"GNU.sparse.map": b"", "GNU.sparse.size": b"9"}) + GOOD, "without pieces"),
+    "a sparse map of half a version": (
+        pax({"GNU.sparse.major": b"1", "GNU.sparse.realsize": b"9"}) + header(size=b"%011o\0" % 512) + padded(b"0\n"),
+        "unknown version"),
+    "a sparse map with two sizes": (
+        pax({"GNU.sparse.map": b"0,0", "GNU.sparse.size": b"0", "GNU.sparse.realsize": b"9"}) + GOOD, "two sizes"),
+    "a sparse file that ends in a slash": (
+        pax({"GNU.sparse.map": b"0,0", "GNU.sparse.size": b"9", "GNU.sparse.name": b"s/"}) + GOOD, "ends in '/'"),
+    "a sparse file that climbs out": (
+        pax({"GNU.sparse.map": b"0,0", "GNU.sparse.size": b"9", "GNU.sparse.name": b"../s"}) + GOOD, "'..'"),
     "a sparse map of words": (pax({"GNU.sparse.map": b"a,b", "GNU.sparse.size": b"9"}) + GOOD, "no number"),
     "a sparse map that never ends": (
         pax({"GNU.sparse.major": b"1", "GNU.sparse.minor": b"0", "GNU.sparse.realsize": b"9"})
@@ -199,6 +231,19 @@ def test_what_is_odd_is_refused_by_name(data: bytes, rule: str) -> None:
     with pytest.raises(InputError, match=rule) as caught:
         read(data)
     assert "\n" not in str(caught.value)
+
+
+def test_times_in_the_place_of_a_prefix_are_no_part_of_the_name() -> None:
+    (found,) = read(header(magic=b"ustar ", version=b" \0", prefix=b"14000000000\0" * 2))
+    assert found.name == "/file"
+    (found,) = read(star(b"p" * 130))
+    assert found.name == "/" + "p" * 130 + "/file"
+
+
+def test_a_size_in_a_record_counts_more_than_the_headers() -> None:
+    inner = header(name=b"inner")
+    assert [m.size for m in read(pax({"size": b"5"}) + header() + padded(b"hello"))] == [5]
+    assert [m.name for m in read(pax({"size": b"0"}) + header(size=b"00000001000\0") + inner)] == ["/file", "/inner"]
 
 
 def test_a_global_comment_is_harmless() -> None:

@@ -126,9 +126,14 @@ def test_the_rest_is_annotations_and_labels_win() -> None:
         {"Cmd": ["x"], "ExposedPorts": ["80"]},
         {"Cmd": ["x"], "User": 1000},
         {"Cmd": ["x"], "WorkingDir": ["/"]},
+        {"Env": "A=1"},
+        {"User": 1000},
+        {"WorkingDir": 7},
+        {"StopSignal": 15},
+        {"Labels": ["a"]},
     ],
 )
-def test_a_config_of_other_types_is_refused(fields: dict[str, Any]) -> None:
+def test_a_config_of_other_types_is_refused_also_without_a_program(fields: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="the image's config"):
         workload(config(**fields), Draft())
 

@@ -32,7 +32,7 @@ from osbuild.filesystem import erofs_format as disk
 from osbuild.filesystem.base import NO_ROOM, Room
 from osbuild.filesystem.erofs_format import BLOCK
 from osbuild.filesystem.erofs_xattrs import SharedXattrs, count_field
-from osbuild.tree import PATH_MAX, Bytes, Content, Entry, Slice, Sparse, Tree, quote, write_all
+from osbuild.tree import PATH_MAX, Bytes, Content, Entry, Slice, Sparse, Tree, quote, without_sockets, write_all
 
 HUGE: Final = 2 << 20  # what DAX maps with one page table entry
 _HUGE_BITS: Final = 21
@@ -79,7 +79,9 @@ class Plan:
         for at, piece in self.pieces:
             if isinstance(piece, bytes):
                 run.add(at, piece)
-            elif piece.size > _SMALL or isinstance(piece, Sparse):
+            elif piece.size > _SMALL or (
+                isinstance(piece, Sparse) and piece.size >= BLOCK
+            ):  # no end in an inode's block
                 piece.copy_to(descriptor, offset + at)
             else:
                 run.add(at, _whole(piece))
@@ -157,7 +159,7 @@ class _Layout:
         self._skipped: list[str] = []
         self._open: list[tuple[int, int]] = []  # room at a metadata block's end, where it begins; least first
         self._end = 1  # blocks that are taken
-        self._uuid = uuid.UUID(bytes=bytes.fromhex(tree.digest())[:16], version=5)
+        self._uuid = uuid.UUID(bytes=bytes.fromhex(without_sockets(tree).digest())[:16], version=5)
         self._number(tree)
 
     def finish(self) -> Plan:
@@ -228,7 +230,8 @@ class _Layout:
         content = entry.content
         if isinstance(content, Sparse):
             _find_chunks(inode, content)
-        elif not entry.is_file or (not self._dax and isinstance(content, Bytes | Slice)):
+        # By what is stored, not by how the content came: an image that is read and written again stays the same.
+        if inode.layout != disk.CHUNK_BASED and not (entry.is_file and self._dax):
             tail = inode.size % BLOCK
             if tail and inode.head + tail <= BLOCK:
                 inode.layout, inode.tail, inode.blocks = disk.FLAT_INLINE, tail, inode.size // BLOCK
@@ -302,7 +305,7 @@ class _Layout:
             if isinstance(content, Sparse) and inode.layout == disk.CHUNK_BASED:
                 head += _chunk_map(inode)
                 yield from _chunk_pieces(inode, content)
-            elif inode.tail and isinstance(content, Bytes | Slice):
+            elif inode.tail:
                 yield inode.at + len(head), _part(content, inode.size - inode.tail, inode.size)
                 content = _part(content, 0, inode.size - inode.tail)
             if inode.blocks and inode.layout != disk.CHUNK_BASED:
@@ -381,10 +384,17 @@ def _pack_directory(inode: _Inode) -> Iterator[bytes]:
 # Files
 
 
-def _part(content: Bytes | Slice, begin: int, end: int) -> Content:
-    if isinstance(content, Bytes):
-        return Bytes(content.data[begin:end])
-    return Slice(content.spool, content.offset + begin, end - begin)
+def _part(content: Content, begin: int, end: int) -> Content:
+    if isinstance(content, Slice):
+        return Slice(content.spool, content.offset + begin, end - begin)
+    if isinstance(content, Sparse):
+        cut = (
+            (max(at, begin), source + max(begin - at, 0), min(at + size, end)) for at, source, size in content.pieces
+        )
+        pieces = tuple((at - begin, source, stop - at) for at, source, stop in cut if stop > at)
+        return Sparse(content.spool, end - begin, pieces)
+    assert isinstance(content, Bytes)
+    return Bytes(content.data[begin:end])
 
 
 def _find_chunks(inode: _Inode, content: Sparse) -> None:

@@ -66,7 +66,7 @@ from osbuild.filesystem.ext4_format import (
 from osbuild.filesystem.ext4_placing import Demand, Run, place
 from osbuild.filesystem.ext4_super import Identity, group_blocks, journal_superblock, superblock
 from osbuild.filesystem.pieces import write_pieces
-from osbuild.tree import Content, Entry, Slice, Sparse, Tree, quote
+from osbuild.tree import Content, Entry, Slice, Sparse, Tree, quote, without_sockets
 
 
 def mount_words(*, dax: bool) -> tuple[str, ...]:
@@ -322,7 +322,7 @@ def _inode_bytes(inode: _Inode, epoch: int) -> bytes:
 
 
 def _identity(tree: Tree, epoch: int) -> Identity:
-    digest = hashlib.sha256(b"ext4" + bytes.fromhex(tree.digest())).digest()
+    digest = hashlib.sha256(b"ext4" + bytes.fromhex(without_sockets(tree).digest())).digest()
     own = uuid.UUID(bytes=digest[:16], version=5).bytes
     return Identity(uuid=own, hash_seed=digest[16:], seed=checksum(0xFFFFFFFF, own), epoch=epoch)
 

@@ -22,6 +22,7 @@ from osbuild.errors import InputError
 from osbuild.filesystem import ext4_reader_check as check
 from osbuild.filesystem import ext4_reader_head as head
 from osbuild.filesystem import ext4_reader_inode as inodes
+from osbuild.filesystem import ext4_reader_journal as journal
 from osbuild.filesystem.base import Place, Volume
 from osbuild.filesystem.ext4_reader_head import DamageError, Disk, Group, Superblock
 from osbuild.filesystem.ext4_reader_inode import Inode, Run
@@ -144,6 +145,19 @@ class Walk:
         runs = self._runs(inode, f"inode {number} ({what})")
         self._claim(inode, inode.claimed)
         self.belongings += [(run.physical, run.count, number, what.removesuffix("_inum")) for run in runs]
+        if what == "journal_inum":
+            self._check_journal(inode, runs)
+
+    def _check_journal(self, inode: Inode, runs: list[Run]) -> None:
+        size = self._super.block_size
+        try:
+            if not runs or runs[0].logical:
+                raise DamageError("it has no blocks")
+            block = self._disk.read(runs[0].physical * size, journal.SIZE)
+            noted = list(journal.check(block, inode.size // size, size))
+        except DamageError as damage:
+            noted = [str(damage)]
+        self.problems += [f"the journal (inode {inode.number}): {what}" for what in noted]
 
     def _child(self, path: str, number: int, kind: int, made: dict[str, Entry]) -> Entry | None:
         """The inode that a name leads to; None, with a problem noted, when it cannot be."""

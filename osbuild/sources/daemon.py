@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import urllib.parse
 from typing import TYPE_CHECKING, Final
 
 from osbuild import oci
@@ -18,31 +19,40 @@ if TYPE_CHECKING:
     import requests
 
 CHUNK: Final = 2 << 20
-SECONDS: Final = 600  # the SDK's own 60 s is too short for a daemon that packs a large image before its first byte
+SECONDS: Final = 600  # without a byte; the SDK's own 60 s is too short for a daemon that packs a large image first
+_ERROR_MAX: Final = 1000  # bytes of a refusal that are shown
 
 
 def open_image(reference: oci.Reference, want: Want) -> SourceImage:
     """Ask the daemon for the image; HostError when there is no daemon, InputError when it has no such image."""
-    import docker.errors
     import requests.exceptions
 
     name = reference.name + (f"@{reference.digest}" if reference.digest else f":{reference.tag}")
-    client = connect(SECONDS)
+    spool = Spool()
+    client = connect()
+    api = client.api
     try:
-        spool = Spool()
-        for chunk in client.api.get_image(name, chunk_size=CHUNK):
-            spool.append(chunk)
-    except docker.errors.NotFound as problem:
-        _close(problem)
-        raise InputError(
-            f"the Docker daemon has no image {quote(name)}", hint=f"docker pull {name}, or use docker://{name}"
-        ) from None
-    except (docker.errors.APIError, requests.exceptions.RequestException) as problem:
-        _close(problem)
+        # Not api.get_image(): that turns timeouts off, and waits for ever for a daemon that falls silent.
+        address = f"{api.base_url}/v{api.api_version}/images/{urllib.parse.quote(name, safe='/:')}/get"
+        with api.get(address, stream=True, timeout=SECONDS) as answer:
+            _check_status(answer, name)
+            for chunk in answer.iter_content(CHUNK):
+                spool.append(chunk)
+    except requests.exceptions.RequestException as problem:
         raise HostError(f"the Docker daemon could not give {quote(name)}: {_first_line(problem)}") from None
     finally:
         client.close()
     return read_archive(spool, str(reference), want)
+
+
+def _check_status(answer: requests.Response, name: str) -> None:
+    if answer.status_code == 404:
+        raise InputError(
+            f"the Docker daemon has no image {quote(name)}", hint=f"docker pull {name}, or use docker://{name}"
+        )
+    if answer.status_code != 200:
+        said = answer.raw.read(_ERROR_MAX, decode_content=True).decode(errors="replace").strip()
+        raise HostError(f"the Docker daemon could not give {quote(name)}: {answer.status_code} {quote(said)}")
 
 
 def connect(seconds: int = 10) -> docker.DockerClient:
@@ -75,12 +85,6 @@ def _check_host(text: str) -> None:
             f"DOCKER_HOST is {quote(text)}, neither unix://PATH nor tcp://HOST:PORT",
             hint="without it, unix:///var/run/docker.sock is asked",
         )
-
-
-def _close(problem: requests.exceptions.RequestException) -> None:
-    # The SDK asked for a stream and leaves its connection open when the answer is an error.
-    if problem.response is not None:
-        problem.response.close()
 
 
 def _first_line(problem: BaseException) -> str:

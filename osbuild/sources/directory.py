@@ -1,7 +1,8 @@
 """`dir:PATH`: a root filesystem that lies unpacked on this machine: provisioned by hand, by debootstrap, by dracut.
 
-Owners, modes, times, attributes, device numbers and holes are what the directory has. File bodies are copied
-before anything else happens, so that what changes afterwards changes nothing here.
+Owners, modes, times, attributes and device numbers are what the directory has. Holes are where its files have zeros,
+64 KiB of them or more: a copy of the directory on another file system, with other holes or none, is the same image.
+File bodies are copied before anything else happens, so that what changes afterwards changes nothing here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from osbuild import oci
-from osbuild.content import Content, stretches
+from osbuild.content import HOLE, Content, solid
 from osbuild.errors import HostError, InputError
 from osbuild.limits import more
 from osbuild.sources.image import SourceImage, Want, unreadable
@@ -23,7 +24,6 @@ from osbuild.tree import DEPTH_MAX, Entry, Slice, Sparse, Spool, Tree, quote
 
 _MAJOR_MAX: Final = (1 << 12) - 1
 _MINOR_MAX: Final = (1 << 20) - 1
-_SECTOR: Final = 512  # what st_blocks counts
 
 
 def open_image(reference: oci.Reference, want: Want) -> SourceImage:
@@ -128,18 +128,14 @@ class _Reader:
         size = found.st_size
         most = self._want.limits.sparse_pieces
         pieces: list[tuple[int, int, int]] = []
-        if found.st_blocks * _SECTOR < size:  # only then it can have holes
-            for at, length in stretches(handle, size):
-                if len(pieces) == most:
-                    raise InputError(f"more than {most} pieces in a sparse file", hint=more("sparse_pieces"))
-                pieces.append((at, self._spool.size, length))
-                self._spool.take(handle, length, at)
-            if not (len(pieces) == 1 and pieces[0][2] == size):
-                return Sparse(self._spool, size, tuple(pieces))
+        for at, length in solid(handle, size) if size >= HOLE else [(0, size)]:
+            if len(pieces) == most:
+                raise InputError(f"more than {most} pieces in a sparse file", hint=more("sparse_pieces"))
+            pieces.append((at, self._spool.size, length))
+            self._spool.take(handle, length, at)
+        if len(pieces) == 1 and pieces[0][2] == size:
             return Slice(self._spool, pieces[0][1], size)
-        start = self._spool.size
-        self._spool.take(handle, size)
-        return Slice(self._spool, start, size)
+        return Sparse(self._spool, size, tuple(pieces))
 
     def _xattrs(self, path: str) -> dict[str, bytes]:
         # The calls for attributes take no directory descriptor; /proc gives its children a path.
