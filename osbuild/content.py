@@ -78,6 +78,7 @@ class Spool:
             self.descriptor = handle
             os.unlink(path)  # noqa: PTH108
         self.size = 0
+        self.taken = 0  # bytes that what lies here came from, before they were uncompressed
 
     def append(self, data: bytes) -> None:
         """Add to the end; HostError when the disk is full."""
