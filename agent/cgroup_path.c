@@ -69,8 +69,8 @@ static bool add_slice(struct writer *out, const char *slice, size_t length)
     if (length <= ending || length > LONGEST_NAME || memcmp(slice + length - ending, suffix, ending) != 0)
         return false;
     size_t stem = length - ending;
-    if (stem == 1 && slice[0] == '-')
-        return true;
+    if (slice[0] == '-')
+        return stem == 1;
     for (size_t end = 1; end <= stem; end++) {
         if (end < stem && slice[end] != '-')
             continue;

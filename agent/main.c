@@ -24,7 +24,14 @@ struct options {
     struct debug_options debug;
 };
 
-static const char marker[] __attribute__((used)) = AGENT_MARKER;
+static const char marker[] = AGENT_MARKER;
+
+/* Out of the marker, so that no linker takes it for something nobody needs. */
+static void print_version(void)
+{
+    const char *version = strchr(marker, '=') + 1;
+    printf("osbuilder-agent %.*s\n", (int)strcspn(version, ";"), version);
+}
 
 static int usage(void)
 {
@@ -94,7 +101,7 @@ int main(int argc, char **argv)
     struct options options = {0};
     bool first = getpid() == 1;
     if (argc == 2 && strcmp(argv[1], "--version") == 0) {
-        puts("osbuilder-agent " AGENT_VERSION);
+        print_version();
         return 0;
     }
     /* The kernel gives init the words of its command line that it does not know itself. */

@@ -95,7 +95,8 @@ static bool put(int root, const struct oci_mount *row, int mount, bool directory
     return done;
 }
 
-static bool bind(int root, const struct oci_mount *row, const struct mountfd_wishes *wishes, struct failure *failure)
+static bool mount_copy(int root, const struct oci_mount *row, const struct mountfd_wishes *wishes,
+                       struct failure *failure)
 {
     int source = open_source(row->source);
     if (source < 0)
@@ -150,7 +151,7 @@ static bool mount_row(int root, const struct oci_mount *row, struct failure *fai
     if (wishes.remount)
         return remount(root, row, &wishes, failure);
     if (wishes.bind || strcmp(row->type, "bind") == 0)
-        return bind(root, row, &wishes, failure);
+        return mount_copy(root, row, &wishes, failure);
     return mount_new(root, row, &wishes, failure);
 }
 

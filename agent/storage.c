@@ -313,6 +313,9 @@ enum ttrpc_status storage_mount(const struct storage *storages, size_t count, co
 void storage_release(const char *owner)
 {
     release(owner, false);
+    /* With the sandbox goes what was mounted for containers that never came to be: whoever asked hung up. */
+    while (*owner == '\0' && all != NULL)
+        drop_held(&all, all->owners->id);
 }
 
 bool storage_holds(const char *place, const char *driver)

@@ -20,7 +20,7 @@ extern const char *const storage_device_handlers[];
  * whoever asked for them: what a container leaves in them is there for the next. */
 enum ttrpc_status storage_mount(const struct storage *storages, size_t count, const char *owner,
                                 struct failure *failure);
-/* What only this owner used is unmounted. */
+/* What only this owner used is unmounted; at the end of the sandbox, everything. */
 void storage_release(const char *owner);
 /* Something of that driver is mounted there. */
 bool storage_holds(const char *place, const char *driver);

@@ -136,7 +136,7 @@ bool storage_mount_at(const struct storage_request *request, const char *source,
     return false;
 }
 
-static bool bind(const struct storage_request *request, struct mount_options *options, struct failure *failure)
+static bool mount_bind(const struct storage_request *request, struct mount_options *options, struct failure *failure)
 {
     char source[PLACE_SIZE];
     if (!place_normalize(request->source, "the source", source, failure))
@@ -158,7 +158,7 @@ static bool mount_usual(const struct storage_driver *driver, const struct storag
     if (!storage_options(storage, &options, failure))
         return false;
     if (is_bind(storage))
-        return bind(request, &options, failure);
+        return mount_bind(request, &options, failure);
     const char *type = *storage->fstype != '\0' ? storage->fstype : driver->type;
     if (*type == '\0')
         return failure_set(failure, TTRPC_INVALID_ARGUMENT, "a storage of %s needs a filesystem type", driver->name);

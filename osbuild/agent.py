@@ -29,10 +29,6 @@ PROGRAM: Final = f"/usr/bin/{NAME}"  # where it lies when systemd starts it
 INIT_WORDS: Final[tuple[str, ...]] = ()  # kernel words that it needs as the first process
 INIT: Final = "/sbin/init"  # where Kata's images have an agent that is the first process
 
-_KEPT: Final = """#include "version.h"
-extern const char agent_marker[];
-const char agent_marker[] __attribute__((used, retain)) = AGENTMARKER;
-"""
 MARKER: Final = re.compile(rb"osbuilder-agent version=([0-9A-Za-z.+_-]{1,64});")
 
 
@@ -70,7 +66,6 @@ def _key(arch: Arch, compiler: Compiler, flags: tuple[str, ...], sources: list[P
         "compiler": [compiler.name, compiler.version],
         "libc": [File.of(path).sha256 for path in compiler.libc],
         "flags": flags,
-        "kept": _KEPT if compiler.sweeps else "",
         "osbuild": osbuild.__version__,
         "sources": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources},
     }
@@ -84,9 +79,6 @@ def _compile(compiler: Compiler, flags: tuple[str, ...], sources: list[Path], ou
     for path in sources:
         shutil.copyfile(path, work / path.name)
     units = [path.name for path in sources if path.suffix == ".c"]
-    if compiler.sweeps:
-        (work / "marker.c").write_text(_KEPT)
-        units.append("marker.c")
     command.run(
         *compiler.argv, *flags, f"-ffile-prefix-map={work}=.", *compiler.before, *units, *compiler.behind,
         "-o", f"../{NAME}", cwd=work, env=dict(compiler.env),

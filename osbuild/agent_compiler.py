@@ -33,6 +33,8 @@ _COMMON: Final = (
     "-Os",
     "-fPIE",
     "-fstack-protector-strong",
+    "-fno-asynchronous-unwind-tables", "-fno-unwind-tables",  # a tenth of the agent, and nobody unwinds it
+    "-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections",
     "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2",  # glibc's; musl has none, and Debian no fortify-headers for it
     "-Wall", "-Wextra", "-Werror",
     "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,-z,now",
@@ -41,8 +43,6 @@ _COMMON: Final = (
 # Nothing that would have to be moved lies in code (lld's own rule, and zig takes no such word); clang means more by
 # -Wconversion.
 _GCC: Final = ("-Wshadow", "-Wconversion", "-Wl,-z,text")
-# Kernel headers before 6.1.5 take struct sockaddr for granted; and no source may be without what it defines itself.
-_OLD_HEADERS: Final = ("-D_GNU_SOURCE=", "-include", "sys/socket.h")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,6 @@ class Compiler:
     libc: tuple[Path, ...] = ()  # files that become part of the agent
     env: tuple[tuple[str, str], ...] = ()
     largest: int
-    sweeps: bool = False  # its linker leaves out what nothing refers to, such as the text that says the version
 
 
 def find_compiler(arch: Arch, cache: Cache) -> Compiler:
@@ -117,7 +116,7 @@ def _zig(arch: Arch, cache: Cache) -> Compiler | None:
     )  # fmt: skip
     env = (("ZIG_GLOBAL_CACHE_DIR", scratch), ("ZIG_LOCAL_CACHE_DIR", scratch))
     version = command.run(*argv, "version", env=dict(env)).output
-    return Compiler(name="zig", argv=(*argv, "cc"), flags=flags, version=version, env=env, largest=SMALL, sweeps=True)
+    return Compiler(name="zig", argv=(*argv, "cc"), flags=flags, version=version, env=env, largest=SMALL)
 
 
 def _gcc(arch: Arch, cache: Cache) -> Compiler | None:
@@ -130,7 +129,7 @@ def _gcc(arch: Arch, cache: Cache) -> Compiler | None:
     if not libc.is_absolute():  # its own name again: there is none
         raise HostError(f"{name} has no static libc", hint=f"apt-get install {cross_packages(arch)}")
     return Compiler(
-        name=name, argv=(program,), flags=(*_COMMON, *_GCC, *_OLD_HEADERS, "-static-pie"),
+        name=name, argv=(program,), flags=(*_COMMON, *_GCC, "-static-pie"),
         version=command.run(program, "--version").output, libc=(libc,), largest=LARGE,
     )  # fmt: skip
 

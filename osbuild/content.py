@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -17,6 +19,7 @@ _ZEROS: Final = bytes(_CHUNK)
 _BLOCK: Final = 4096
 _ZERO_BLOCK: Final = bytes(_BLOCK)
 HOLE: Final = 64 << 10  # bytes of zeros from which on they are a hole
+_WORTH_A_THREAD: Final = 8 << 20
 
 
 class Content(Protocol):
@@ -75,6 +78,7 @@ class Spool:
             self.descriptor = handle
             os.unlink(path)  # noqa: PTH108
         self.size = 0
+        self.taken = 0  # bytes that what lies here came from, before they were uncompressed
 
     def append(self, data: bytes) -> None:
         """Add to the end; HostError when the disk is full."""
@@ -160,6 +164,39 @@ class Sparse:
 
 
 EMPTY: Final[Content] = Bytes(b"")
+
+
+def digests(contents: Iterable[Content], known: dict[Content, bytes]) -> None:
+    """Put the sha256 of each into `known`, but for those that are there; large amounts are shared by two threads."""
+    todo = {content: None for content in contents if content not in known}
+    shares: tuple[list[Content], list[Content]] = ([], [])
+    sizes = [0, 0]
+    for content in todo:
+        lighter = sizes[1] < sizes[0]
+        shares[lighter].append(content)
+        sizes[lighter] += content.size
+    problems: list[BaseException] = []
+
+    def work(share: list[Content]) -> None:
+        try:
+            for content in share:
+                total = hashlib.sha256()
+                for chunk in content.chunks():
+                    total.update(chunk)
+                known[content] = total.digest()
+        except BaseException as problem:
+            problems.append(problem)
+
+    if sum(sizes) < _WORTH_A_THREAD:
+        shares[0].extend(shares[1])
+        work(shares[0])
+    else:
+        other = threading.Thread(target=work, args=(shares[1],), name="digest", daemon=True)
+        other.start()
+        work(shares[0])
+        other.join()
+    if problems:
+        raise problems[0]
 
 
 def copy_range(source: int, start: int, size: int, target: int, offset: int) -> None:

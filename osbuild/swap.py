@@ -10,7 +10,6 @@ with options that are known, is refused: lock.json beside it knows them, or the 
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from osbuild.spec import DiskSpec
 from osbuild.subject import QCOW2, Filesystem, Subject, open_subject
 from osbuild.summary import agent_of, with_agent
 from osbuild.systemd import WORDS, find_units, unit_texts
-from osbuild.tree import Draft, Tree, quote, regular
+from osbuild.tree import Content, Draft, Tree, quote, regular
 from osbuild.view import lookup, read_at
 from osbuild.wishes import DEFAULT_POLICY, POLICIES
 from osbuild.workspace import locked, make_room, put_in_place
@@ -259,10 +258,9 @@ def _write(known: _Known, rootfs: Rootfs, out: Path) -> DiskImage:
     def plan(tree: Tree) -> Plan:
         return filesystem.plan(tree, start=FILESYSTEM_START, epoch=known.epoch, dax=disk.header, room=disk.room)
 
-    hashed = threading.Thread(target=known.tree.digest, name="digest")  # the other of two; each is kept
-    hashed.start()
-    rootfs.tree.digest()
-    hashed.join()
+    contents: dict[Content, bytes] = {}
+    for tree in (known.tree, rootfs.tree):  # which share nearly all of them
+        tree.digest(contents)
     try:
         _prove(known, plan(known.tree))
     except SpecError as problem:

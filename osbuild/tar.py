@@ -5,7 +5,7 @@
     then the member's bytes, padded to 512; two zero blocks end it
 
 Sources: POSIX.1-2017 pax(1), the GNU tar manual ("Basic Tar Format"), OCI image-spec layer.md. CPython's tarfile is
-not used on layers: a wrong checksum in the middle silently ends an archive there, and more (see docs).
+not used on layers: a wrong checksum in the middle silently ends an archive there, and more.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from osbuild.content import Slice as Slice
 from osbuild.content import Sparse as Sparse
 from osbuild.content import Spool as Spool
 from osbuild.content import copy_range as copy_range
+from osbuild.content import digests
 from osbuild.content import quote as quote
 from osbuild.content import write_all as write_all
 from osbuild.errors import InputError
@@ -125,13 +126,17 @@ class Tree(Mapping[str, Entry]):
             found.setdefault(entry, []).append(path)
         return found
 
-    def digest(self) -> str:
-        """sha256 in hex over everything that a guest could see: paths, inodes, hard links, bytes. Computed once."""
+    def digest(self, known: dict[Content, bytes] | None = None) -> str:
+        """sha256 in hex over everything that a guest could see: paths, inodes, hard links, bytes. Computed once.
+
+        known: digests of contents, for trees that share some; what is missing is added.
+        """
         if not self._digest:
-            self._digest = self._compute_digest()
+            self._digest = self._compute_digest({} if known is None else known)
         return self._digest
 
-    def _compute_digest(self) -> str:
+    def _compute_digest(self, known: dict[Content, bytes]) -> str:
+        digests((entry.content for entry in self._entries.values() if entry.is_file), known)
         total = hashlib.sha256()
         numbers: dict[Entry, int] = {}
         for path, entry in self._entries.items():
@@ -144,8 +149,7 @@ class Tree(Mapping[str, Entry]):
             # Not repr(): which characters that writes as they are depends on the Unicode tables of each Python.
             total.update(ascii(fields).encode() + b"\n")
             if first and entry.is_file:
-                for chunk in entry.content.chunks():
-                    total.update(chunk)
+                total.update(known[entry.content])
         return total.hexdigest()
 
 

@@ -35,12 +35,18 @@ def uncompressed(
             raise InputError(
                 f"{where}: more than {limits.image_bytes} bytes when uncompressed", hint=more("image_bytes")
             )
-        if compression != "none" and total > _RATIO_FLOOR and total > limits.ratio * taken:
-            raise InputError(
-                f"{where}: {taken} compressed bytes become more than {total}: a decompression bomb",
-                hint=f"more than {limits.ratio} times is refused; {more('ratio')}",
-            )
+        if compression != "none":
+            check_ratio(taken, total, where, limits)
         yield data
+
+
+def check_ratio(taken: int, total: int, where: str, limits: Limits) -> None:
+    """InputError when so few compressed bytes have become so many."""
+    if total > _RATIO_FLOOR and total > limits.ratio * taken:
+        raise InputError(
+            f"{where}: {taken} compressed bytes become more than {total}: a decompression bomb",
+            hint=f"more than {limits.ratio} times is refused; {more('ratio')}",
+        )
 
 
 def _pairs(chunks: Iterable[bytes], compression: str, where: str, limits: Limits) -> Iterator[tuple[int, bytes]]:

@@ -105,7 +105,8 @@ def test_a_connection_is_a_shell_on_a_terminal_of_its_own(agent: Debugged) -> No
         console.sendall(b"exit\n")
         while piece := console.recv(65536):  # the shell's end is the connection's
             said += piece
-    assert b"/dev/pts/" in said and b"24 80" in said
+    assert b"/dev/pts/" in said
+    assert b"24 80" in said
 
 
 def test_what_a_shell_has_said_is_not_lost_when_it_ends(agent: Debugged) -> None:
@@ -206,11 +207,13 @@ def test_without_a_reader_the_last_lines_are_kept_and_no_more(sanitized_agent: P
             with contextlib.suppress(TimeoutError):
                 while piece := log.recv(65536):
                     text += piece
-    assert len(text) <= _LARGEST_LOG and after - before < 1024
+    assert len(text) <= _LARGEST_LOG
+    assert after - before < 1024  # pages
     assert all(json.loads(line) for line in text.splitlines())
 
 
 @pytest.mark.parametrize("words", [("--log",), ("--log", "vsock:1025"), ("--debug", "unix:x")], ids=" ".join)
 def test_an_option_that_is_none_is_answered_with_the_usage(sanitized_agent: Path, words: tuple[str, ...]) -> None:
     found = subprocess.run([sanitized_agent, *words], capture_output=True, text=True, timeout=_SECONDS, check=False)
-    assert found.returncode == 2 and "--debug-console unix:PATH" in found.stderr
+    assert found.returncode == 2
+    assert "--debug-console unix:PATH" in found.stderr

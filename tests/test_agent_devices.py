@@ -6,190 +6,30 @@ What came of a mount is seen from outside: files are copied into it, and looked 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import json
 import os
-import shutil
-import socket
-import stat
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from osbuild import ttrpc
 from osbuild.agent import install_init, read_agent
-from osbuild.agent_client import AGENT, AgentClient
-from osbuild.arch import X86_64
 from osbuild.artifacts import DiskImage, File, Kernel
 from osbuild.tree import symlink
+from tests.agent_container import DOCKER, Containers, Message, description, make_root, process
+from tests.agent_disks import MIB, PROGRAMS, SHARED, Disks, Guest, Storage, plug_in, put_wrapper, run, virtiofsd
 from tests.agent_guest import booted
+from tests.agent_program import BUSYBOX
 from tests.boot_fixtures import boot_kernel, image_of, skeleton
 
 __all__ = ["boot_kernel"]  # a fixture
 
 pytestmark = pytest.mark.boot
 
-SHARED: Final = "/run/kata-containers/shared/containers"
-MIB: Final = 1 << 20
-PERMISSION_DENIED, INVALID_ARGUMENT, INTERNAL = 7, 3, 13
-VIRTIOFSD: Final = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd", "/usr/bin/virtiofsd")
-
-Storage = dict[str, Any]  # Any: a grpc.Storage
-
-
-class Disks:
-    """What the guest of these tests has besides its root: QEMU's arguments for it, and where it is seen from here."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.arguments: list[str] = []
-        self.qmp = home / "qmp"
-
-    def path(self, name: str) -> Path:
-        return self.home / name
-
-    def add(self, *arguments: str) -> None:
-        self.arguments += arguments
-
-    def image(self, name: str, *, size: int = 16 * MIB) -> Path:
-        """An ext4 of mke2fs's."""
-        path = self.path(name)
-        with path.open("wb") as file:
-            file.truncate(size)
-        command = ("mke2fs", "-q", "-F", "-t", "ext4", "-L", name, str(path))
-        subprocess.run(command, check=True, env={**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"})
-        return path
-
-    def disk(self, name: str, device: str) -> None:
-        path = self.image(name)
-        self.add(
-            "-drive", f"if=none,id={name},file={path},format=raw,cache=unsafe", "-device", f"{device},drive={name}"
-        )
-
-    def read(self, name: str, file: str) -> bytes:
-        """A file in an image, by e2fsprogs."""
-        command = ("debugfs", "-R", f"cat {file}", str(self.path(name)))
-        path = {**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
-        return subprocess.run(command, check=True, capture_output=True, env=path).stdout
-
-
-class Guest:
-    def __init__(self, client: AgentClient, disks: Disks) -> None:
-        self.client, self.disks = client, disks
-
-    def call(self, method: str, /, **fields: Any) -> Any:
-        return self.client.call(AGENT, method, **fields)
-
-    def refuses(self, *storages: Storage) -> ttrpc.StatusError:
-        with pytest.raises(ttrpc.StatusError) as refused:
-            self.mount(*storages)
-        return refused.value
-
-    def mount(self, *storages: Storage) -> None:
-        self.call("CreateSandbox", storages=storages)
-
-    def copy(self, path: str, data: bytes) -> None:
-        self.call("CopyFile", path=path, data=data, file_size=len(data), file_mode=stat.S_IFREG | 0o644)
-
-    def metric(self, family: str, **labels: str) -> float | None:
-        for found in text_string_to_metric_families(self.call("GetMetrics").metrics):
-            for sample in found.samples:
-                if sample.name == family and sample.labels == labels:
-                    return sample.value
-        return None
-
-    def disk_of(self, place: str) -> str | None:
-        """The device whose filesystem is mounted there and can be written to."""
-        for found in text_string_to_metric_families(self.call("GetMetrics").metrics):
-            for sample in found.samples:
-                if found.name == "kata_guest_filesystem_bytes" and sample.labels["mountpoint"] == place:
-                    return str(sample.labels["disk"])
-        return None
-
-    def plug(self, *commands: dict[str, Any]) -> None:
-        """Commands to QEMU itself."""
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(self.disks.qmp))
-            file = connection.makefile("rwb")
-            file.readline()
-            for command in ({"execute": "qmp_capabilities"}, *commands):
-                file.write(json.dumps(command).encode() + b"\n")
-                file.flush()
-                while "return" not in (answer := json.loads(file.readline())):
-                    assert "error" not in answer, answer
-
-
-@contextlib.contextmanager
-def virtiofsd(socket_path: Path, source: Path) -> Iterator[bool]:
-    program = next((path for path in VIRTIOFSD if Path(path).exists()), None)
-    if program is None or os.geteuid() != 0:
-        yield False
-        return
-    command = (program, f"--socket-path={socket_path}", "-o", f"source={source}", "-o", "sandbox=chroot")
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 10
-        while not socket_path.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        try:
-            yield process.poll() is None
-        finally:
-            process.kill()
-
-
-def put_wrapper(home: Path, arguments: list[str]) -> None:
-    """A QEMU that is given some arguments more."""
-    real = shutil.which(X86_64.qemu)
-    quoted = " ".join(f"'{argument}'" for argument in arguments)
-    wrapper = home / "bin" / X86_64.qemu
-    wrapper.parent.mkdir()
-    wrapper.write_text(
-        f'#!/bin/sh\ncase "$*" in *virtserialport*) exec {real} "$@" {quoted} ;; esac\nexec {real} "$@"\n'
-    )
-    wrapper.chmod(0o755)
-
-
-def has(disks: Disks, *, shared: bool) -> None:
-    """Everything that the tests below speak of."""
-    disks.disk("plain", "virtio-blk-pci,addr=0x10")
-    disks.add("-device", "pci-bridge,id=bridge,chassis_nr=9,addr=0x11")
-    disks.disk("bridged", "virtio-blk-pci,bus=bridge,addr=0x03")
-    disks.disk("function", "virtio-blk-pci,addr=0x14.0x1")
-    disks.add("-device", "virtio-rng-pci,addr=0x14.0x0,multifunction=on,rng=entropy")
-    disks.add("-device", "pcie-root-port,id=late-port,chassis=7,addr=0x12")
-    disks.add("-device", "virtio-scsi-pci,id=scsi,addr=0x13")
-    disks.disk("scsi", "scsi-hd,bus=scsi.0,channel=0,scsi-id=3,lun=2")
-    disks.image("late")
-    pmem = disks.image("pmem", size=128 * MIB)
-    disks.add(
-        "-m", "256M,slots=4,maxmem=4G",
-        "-object", f"memory-backend-file,id=pmem,mem-path={pmem},size=128M,share=on",
-        "-device", "nvdimm,memdev=pmem",
-    )  # fmt: skip
-    swap = disks.path("swap")
-    swap.write_bytes(bytes(4 * MIB))
-    subprocess.run(["/usr/sbin/mkswap", "-q", str(swap)], check=True)
-    disks.add("-drive", f"if=none,id=swap,file={swap},format=raw", "-device", "virtio-blk-pci,drive=swap,addr=0x15")
-    disks.path("nine").mkdir()
-    disks.add(
-        "-fsdev", f"local,id=nine,path={disks.path('nine')},security_model=none",
-        "-device", "virtio-9p-pci,fsdev=nine,mount_tag=nine",
-        "-qmp", f"unix:{disks.qmp},server=on,wait=off",
-    )  # fmt: skip
-    if shared:
-        disks.add(
-            "-object", "memory-backend-memfd,id=memory,size=256M,share=on",
-            "-numa", "node,memdev=memory",
-            "-chardev", f"socket,id=fs,path={disks.path('fs.sock')}",
-            "-device", "vhost-user-fs-pci,chardev=fs,tag=kataShared",
-        )  # fmt: skip
-    # At the end: devices behind it that name no bus would be put on it.
-    disks.add("-device", "pxb-pcie,id=numa,bus_nr=32,addr=0x16", "-device", "pcie-root-port,bus=numa,id=np,chassis=8")
-    disks.disk("numa", "virtio-blk-pci,bus=np")
+INVALID_ARGUMENT, PERMISSION_DENIED, INTERNAL = 3, 7, 13
+ANY_BLOCK_DEVICE: Final = {"Allow": True, "Type": "b", "Major": -1, "Minor": -1, "Access": "rwm"}
 
 
 @pytest.fixture(scope="module")
@@ -203,13 +43,13 @@ def guest_image(agent: File, tmp_path_factory: pytest.TempPathFactory) -> DiskIm
 
 @pytest.fixture(scope="module")
 def guest(boot_kernel: Kernel, guest_image: DiskImage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
-    if not all(Path("/usr/sbin", name).exists() for name in ("mke2fs", "debugfs", "mkswap")):
-        pytest.skip("disks for the guest need mke2fs and debugfs (e2fsprogs) and mkswap (util-linux)")
+    if not all(Path("/usr/sbin", name).exists() for name in PROGRAMS) or not BUSYBOX.exists():
+        pytest.skip(f"disks for the guest need {', '.join(PROGRAMS)} (e2fsprogs, util-linux) and a static busybox")
     home = tmp_path_factory.mktemp("d")
     disks = Disks(home)
     disks.path("fs").mkdir()
     with pytest.MonkeyPatch.context() as patch, virtiofsd(disks.path("fs.sock"), disks.path("fs")) as shared:
-        has(disks, shared=shared)
+        plug_in(disks, make_root(home / "root-files"), shared=shared)
         put_wrapper(home, disks.arguments)
         patch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")
         with booted(boot_kernel, guest_image, home / "work") as client:
@@ -296,12 +136,9 @@ def test_a_filesystem_that_is_not_there_is_the_kernels_to_refuse(guest: Guest) -
 def test_a_volume_on_a_disk_is_given_to_its_group(guest: Guest) -> None:
     guest.mount(ext4("blk", "10", "plain", fs_group={"group_id": 4321}))
     guest.mount()
-    shown = subprocess.run(
-        ["/usr/sbin/debugfs", "-R", "stat lost+found", str(guest.disks.path("plain"))], capture_output=True, text=True,
-        check=True,
-    )  # fmt: skip
-    assert "Group:  4321" in shown.stdout
-    assert "2770" in shown.stdout
+    shown = run("debugfs", "-R", "stat lost+found", str(guest.disks.path("plain"))).decode()
+    assert "Group:  4321" in shown
+    assert "2770" in shown
 
 
 @pytest.mark.parametrize("options", [[], ["trans=virtio,version=9p2000.L,cache=mmap", "nodev"], ["msize=65536"]])
@@ -350,3 +187,136 @@ def test_swap_is_added_by_place_and_by_name(guest: Guest) -> None:
     assert refused.value.code == PERMISSION_DENIED
     with pytest.raises(ttrpc.StatusError, match="Invalid argument"):
         guest.call("AddSwapPath", path="/dev/pmem1")  # which holds a filesystem
+
+
+# --- containers ---
+
+
+class Hosts:
+    """Containers whose root is on a disk."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.containers = Containers(guest.client)
+
+    def run(self, name: str, script: str, *, storages: tuple[Storage, ...] = (), linux: Message | None = None,
+            mounts: tuple[Message, ...] = (), **fields: Any) -> tuple[int, str]:  # fmt: skip
+        root = ext4("blk", "17", f"{name}/rootfs")
+        first = process("sh", "-c", script, capabilities=[*DOCKER, "CAP_SYS_ADMIN"])
+        allow = {"io.osbuilder.allow-mknod": "true"}  # CAP_MKNOD is taken away without it
+        about = description(Path(root["mount_point"]), first, linux=linux, Annotations=allow)
+        about["Mounts"] += mounts
+        return self.containers.run(about, name=name, storages=[root, *storages], **fields)
+
+
+@pytest.fixture
+def hosts(guest: Guest) -> Hosts:
+    guest.mount()
+    return Hosts(guest)
+
+
+def namespaces(**fields: Any) -> Message:
+    return {"Namespaces": [{"Type": kind} for kind in ("pid", "ipc", "uts", "mount")], **fields}
+
+
+def test_a_container_lives_on_a_disk_that_is_its_own_again_afterwards(guest: Guest, hosts: Hosts) -> None:
+    assert hosts.run("one", "cat /etc/group; echo written > /tmp/new") == (
+        0,
+        "root:x:0:\nusers:x:1001:\naudio:x:29:user\n",
+    )
+    assert guest.disks.read("root", "tmp/new") == b"written\n", "nothing holds the disk back"
+
+
+def test_two_containers_that_share_a_volume_do_not_take_it_from_each_other(guest: Guest, hosts: Hosts) -> None:
+    volume = ext4("blk", "10", "volume")
+    mount = {"destination": "/volume", "type": "bind", "source": f"{SHARED}/volume", "options": ["rbind", "rw"]}
+    about = description(Path(f"{SHARED}/first/rootfs"), process("sleep", "1000"))
+    about["Mounts"] += (mount,)
+    first = hosts.containers.start(about, name="first", storages=[ext4("blk", "17", "first/rootfs"), volume])
+    script = "echo second > /volume/second; cat /volume/second"
+    assert hosts.run("second", script, storages=(volume,), mounts=(mount,)) == (0, "second\n")
+    assert hosts.containers.run_in(first, "cat", "/volume/second") == (0, "second\n")
+    assert guest.disk_of(f"{SHARED}/volume")
+    hosts.containers.remove(first)
+    assert not guest.disk_of(f"{SHARED}/volume")
+    assert guest.disks.read("plain", "second") == b"second\n"
+
+
+@pytest.mark.parametrize("driver", ["local", "ephemeral"])
+def test_what_a_container_leaves_in_the_pods_storage_is_there_for_the_next(hosts: Hosts, driver: str) -> None:
+    place = f"/run/kata-containers/sandbox/storage/{driver}"
+    storage = {"driver": driver, "source": driver, "mount_point": place, "options": ["mode=0777"]}
+    mount = {"destination": "/empty", "type": "bind", "source": place, "options": ["rbind", "rw"]}
+    for name, script, text in (("writer", "echo kept > /empty/file", ""), ("reader", "cat /empty/file", "kept\n")):
+        assert hosts.run(name, script, storages=(storage,), mounts=(mount,)) == (0, text)
+
+
+def test_what_a_container_writes_over_its_layers_ends_with_it(guest: Guest, hosts: Hosts) -> None:
+    place = f"{SHARED}/over/rootfs"
+    layer = ext4("blk", "17", "layer", "ro")
+    over = {
+        "driver": "overlayfs", "source": "none", "fstype": "overlay", "mount_point": place,
+        "options": [f"lowerdir={SHARED}/layer", "io.katacontainers.fs-opt.overlay-rw"],
+    }  # fmt: skip
+    for _ in range(2):
+        about = description(Path(place), process("sh", "-c", "ls /over; echo > /over; cat /etc/passwd"))
+        status, text = hosts.containers.run(about, name="over", storages=[layer, over])
+        assert status == 0
+        assert "No such file" in text, "what the one before has written"
+    assert guest.call("GetGuestDetails").agent_details.init_daemon
+
+
+def device(kind: str, where: str, path: str) -> Message:
+    on_bus = kind in ("blk", "scsi")
+    return {"type": kind, "container_path": path, "id" if on_bus else "vm_path": where}
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "name"), [("blk", "11/03", "bridged"), ("scsi", "3:2", "scsi"), ("nvdimm", "/dev/pmem1", "pmem")]
+)
+def test_a_container_is_given_a_disk_under_the_name_it_wants(
+    guest: Guest, hosts: Hosts, kind: str, where: str, name: str
+) -> None:
+    node = {"Path": "/dev/data", "Type": "b", "Major": 8, "Minor": 0, "FileMode": 0o660}
+    script = "dd if=/dev/data bs=1024 skip=1 count=1 2>/dev/null | dd bs=1 skip=120 count=16 2>/dev/null; ls /dev/data"
+    found = hosts.run("given", script, linux=namespaces(Devices=[node]), devices=[device(kind, where, "/dev/data")])
+    assert found == (0, name.ljust(16, "\0") + "/dev/data\n"), "the label of its filesystem"
+
+
+def root_numbers(hosts: Hosts) -> dict[str, tuple[int, int]]:
+    """Numbers of block devices by name, as every container may see them."""
+    _, text = hosts.run("looks", "cat /proc/partitions")
+    rows = [line.split() for line in text.splitlines()[2:]]
+    return {row[3]: (int(row[0]), int(row[1])) for row in rows}
+
+
+def test_no_container_reaches_the_root_even_with_all_that_a_host_can_give_it(hosts: Hosts) -> None:
+    numbers = root_numbers(hosts)
+    script = "".join(
+        f"mknod /dev/{name} b {major} {minor} && dd if=/dev/{name} count=1 >/dev/null 2>&1 && echo {name}; "
+        for name, (major, minor) in numbers.items()
+    )
+    linux = namespaces(Resources={"Devices": [ANY_BLOCK_DEVICE, {**ANY_BLOCK_DEVICE, "Type": "a"}]})
+    _, text = hosts.run("attacker", script, linux=linux)
+    reached = {line for line in text.splitlines() if "mknod" not in line}
+    assert {"pmem0", "pmem0p1"} <= set(numbers)
+    assert reached == set(numbers) - {"pmem0", "pmem0p1"}
+
+
+@pytest.mark.parametrize("where", ["/dev/pmem0", "/dev/pmem0p1"])
+def test_the_root_is_not_given_to_a_container(hosts: Hosts, where: str) -> None:
+    major, minor = root_numbers(hosts)[where.removeprefix("/dev/")]
+    node = {"Path": "/dev/data", "Type": "b", "Major": major, "Minor": minor}
+    for devices in ([device("nvdimm", where, "/dev/data")], []):
+        with pytest.raises(ttrpc.StatusError) as refused:
+            hosts.run("given", "true", linux=namespaces(Devices=[node]), devices=devices)
+        assert refused.value.code == PERMISSION_DENIED
+
+
+def test_devices_that_cannot_be_passed_on_are_refused_by_name(hosts: Hosts) -> None:
+    node = {"Path": "/dev/data", "Type": "b", "Major": 8, "Minor": 0}
+    for kind in ("vfio-pci", "vfio-pci-gk", "vfio-ap", "ccw", ""):
+        with pytest.raises(ttrpc.StatusError) as refused:
+            hosts.run(
+                "given", "true", linux=namespaces(Devices=[node]), devices=[device(kind, "0000:00:01.0", "/dev/data")]
+            )
+        assert kind in refused.value.message

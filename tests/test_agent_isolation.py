@@ -353,8 +353,8 @@ def test_in_a_guest_limits_are_kept_and_counted(guest: Containers) -> None:
 @pytest.mark.boot
 def test_in_a_guest_the_disk_of_its_root_is_out_of_reach_even_with_mknod(guest: Containers) -> None:
     """The numbers of RAM disks and of what could be a disk: the cgroup's rule says no before there is a driver."""
-    script = "for n in 1 7 8 253 254 259; do mknod /d$n b $n 0 && echo made; head -c 1 /d$n; done; mknod /null2 c 1 3"
+    script = "for n in 1 7 8 253 254 259; do mknod /d$n b $n 0 && echo made; head -c 1 /d$n; done"
     notes = {"io.osbuilder.allow-mknod": "true"}
     text = guest.run(description(IN_GUEST, process("sh", "-c", script, capabilities=ALL), Annotations=notes))[1]
     assert "made" not in text
-    assert text.count("Operation not permitted") == 6 + text.count("d: /null2")
+    assert text.count("Operation not permitted") == 6

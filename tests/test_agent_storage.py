@@ -10,7 +10,7 @@ import signal
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -403,13 +403,15 @@ def stop_the_giver(agent_: Agent, mounting: concurrent.futures.Future[None]) -> 
 
 
 @contextlib.contextmanager
-def in_the_middle(agent_: Agent) -> Iterator[tuple[concurrent.futures.Future[None], int]]:
+def in_the_middle(
+    agent_: Agent, mount: Callable[[Storage], None] | None = None
+) -> Iterator[tuple[concurrent.futures.Future[None], int]]:
     """A volume that is being given away, and the process that does it, stopped."""
     with concurrent.futures.ThreadPoolExecutor(1) as other:
         for count in (5_000, 40_000, 160_000):
             agent_.inside("sh", "-c", f"mkdir /run/source-{count}; cd /run/source-{count}; seq {count} | xargs touch")
             storage = bind(f"/run/source-{count}", "/run/volume", fs_group=group(3000))
-            mounting = other.submit(agent_.mount, storage)
+            mounting = other.submit(mount or agent_.mount, storage)
             if (child := stop_the_giver(agent_, mounting)) is not None:
                 yield mounting, child
                 return
@@ -441,6 +443,27 @@ def test_a_sandbox_that_ends_while_a_volume_is_given_away_stops_that(agent_: Age
         agent_.mount()
         with pytest.raises(ttrpc.StatusError):
             mounting.result()
+        assert state(child)[1] in ("Z", "")
+    assert not agent_.mounts()
+
+
+def test_what_was_mounted_for_a_container_that_nobody_waited_for_ends_with_the_sandbox(agent_: Agent) -> None:
+    def create(storage: Storage) -> None:
+        oci = {
+            "Root": {"Path": "/"},
+            "Process": {"Args": ["true"], "Cwd": "/", "Capabilities": {}},
+            "Linux": {"Namespaces": [{"Type": "mount"}]},
+        }
+        fields = {"container_id": "hasty", "exec_id": "hasty", "OCI": oci, "storages": [storage]}
+        with pytest.raises(ttrpc.RpcError):
+            agent_.client.call(AGENT, "CreateContainer", seconds=1, **fields)
+
+    agent_.mount()
+    with in_the_middle(agent_, create) as (creating, child):
+        creating.result()
+        time.sleep(0.5)  # the agent gives up a moment after we do
+        assert "/run/volume" in agent_.mounts()
+        agent_.mount()
         assert state(child)[1] in ("Z", "")
     assert not agent_.mounts()
 

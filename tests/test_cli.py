@@ -176,6 +176,17 @@ def test_an_explanation_begins_with_what_was_changed(layout: Path) -> None:
     assert "1 more" not in said
 
 
+@pytest.mark.parametrize("limit", ["--nofile=64", "--as=600000000"])
+def test_an_image_of_many_layers_is_read_within_small_limits(limit: str, tmp_path: Path) -> None:
+    stack = [archive(folder("d"), member(f"d/{number}", b"x" * 5000)) for number in range(80)]
+    write_layout(tmp_path / "l", stack, compress=True)
+    argv = ["prlimit", limit, *OSBUILDER, "rootfs", f"oci:{tmp_path}/l", "--raw", "--json", "-q"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["entries"]) == 82
+
+
 @pytest.mark.parametrize("words", ["--raw", "--tar {0}/out.tar", "--raw --json", "--raw --tar -"])
 def test_an_explanation_is_of_the_policy_and_writes_nothing(words: str, layout: Path, tmp_path: Path) -> None:
     done = run("rootfs", f"oci:{layout}", "--explain", "--quiet", *words.format(tmp_path).split())

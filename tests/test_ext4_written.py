@@ -115,12 +115,13 @@ def change(kernel: Kernel, program: bytes, image: Path, ending: str, work: Path)
     with (work / "qemu.log").open("wb") as log:
         subprocess.run(
             [emulator, *writable, "-initrd", str(initrd)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            check=True, timeout=240,
+            check=True, timeout=1200,
         )  # fmt: skip
     return console.read_text(errors="replace")
 
 
 @pytest.mark.boot
+@pytest.mark.timeout(1300)  # an emulated guest among many other processes
 @pytest.mark.parametrize("ending", ["unmount", "cut"])
 def test_a_guest_changes_thousands_of_files_and_leaves_it_clean(
     ending: str, boot_kernel: Kernel, changer: bytes, tmp_path: Path

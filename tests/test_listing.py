@@ -11,6 +11,7 @@ import stat
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,8 @@ from osbuild import listing
 from osbuild.layers import flatten
 from osbuild.tar_writer import archive
 from osbuild.tree import Entry, Tree, device, directory, regular, symlink
-from tests.layer_tools import layer
+from tests.layer_tools import archive as tar_of
+from tests.layer_tools import folder, hardlink, layer, link, member, write_layout
 
 BAD = "/not-utf8-\udcff"
 LONG = "/" + "d" * 120 + "/" + "f" * 200
@@ -121,3 +123,65 @@ def test_the_length_of_a_record_counts_its_own_digits(length: int) -> None:
     tree = Tree({"/": directory(), "/f": Entry(mode=stat.S_IFREG, mtime_ns=0, xattrs={"user.x": b"v" * (length - 25)})})
     with tarfile.open(fileobj=io.BytesIO(b"".join(archive(tree)))) as tar:
         assert tar.getmember("f").pax_headers["SCHILY.xattr.user.x"] == "v" * (length - 25)
+
+
+def awkward() -> bytes:
+    """A layer with something in every field: hard links, devices, attributes, names of any bytes."""
+    xattrs = {"SCHILY.xattr.user.k": "v\x01\n", "SCHILY.xattr.security.capability": "\1\0\0\2\1" + "\0" * 15}
+    return tar_of(
+        folder("d", mode=0o1777, uid=5, gid=6),
+        member("d/a", b"hello", mode=0o4755, uid=1000, gid=100, pax_headers=xattrs),
+        hardlink("h1", "d/a"), hardlink("a0", "d/a"), member("n\udcff\udcfe", b"x"), member("nl\n\x1b"),
+        hardlink("z\udc80", "nl\n\x1b"), link("l", "../d/a"), member("old", mtime=-5), member("implied/x", b"1"),
+        member("c", type=tarfile.CHRTYPE, devmajor=10, devminor=200, mode=0o640), member("p", type=tarfile.FIFOTYPE),
+        member("b", type=tarfile.BLKTYPE, devmajor=259, devminor=70_000),
+    )  # fmt: skip
+
+
+def on_disk(path: bytes, root: bytes) -> dict[str, Any]:
+    """What `--json` should say of a file that somebody else unpacked; hard links are counted only."""
+    status = os.lstat(path)
+    kind = {"d": "dir", "l": "symlink", "c": "char", "b": "block", "p": "fifo"}.get(
+        stat.filemode(status.st_mode)[0], "file"
+    )
+    found: dict[str, Any] = {"type": kind, "uid": status.st_uid, "gid": status.st_gid}
+    if kind == "symlink":
+        found["target"] = os.fsdecode(os.readlink(path))  # noqa: PTH115 - pathlib would tidy it up
+    else:
+        found["mode"] = f"{stat.S_IMODE(status.st_mode):04o}"
+    if kind == "file":
+        data = Path(os.fsdecode(path)).read_bytes()
+        found |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    if kind in ("char", "block"):
+        found |= {"major": os.major(status.st_rdev), "minor": os.minor(status.st_rdev)}
+    names = os.listxattr(path, follow_symlinks=False)
+    if names:
+        found["xattrs_hex"] = {name: os.getxattr(path, name, follow_symlinks=False).hex() for name in names}
+    if kind != "dir" and status.st_nlink > 1:
+        found["same_inode_as"] = status.st_nlink
+    implied = path == root or path.endswith(b"/implied")
+    return found | {"mtime": None if implied else status.st_mtime_ns // 10**9}
+
+
+@pytest.mark.skipif(shutil.which("umoci") is None or os.geteuid() != 0, reason="needs umoci, and root for its devices")
+def test_umoci_unpacks_what_the_listing_says_field_by_field(tmp_path: Path) -> None:
+    probe = tmp_path / "probe"
+    probe.touch()
+    try:
+        os.setxattr(probe, "user.k", b"v")
+    except OSError:
+        pytest.skip("no extended attributes on this file system")
+    write_layout(tmp_path / "l", [awkward()])
+    words = ["umoci", "unpack", "--image", f"{tmp_path}/l:latest", str(tmp_path / "bundle")]
+    subprocess.run(words, check=True, capture_output=True)
+    root = os.fsencode(tmp_path / "bundle/rootfs")
+    unpacked = {}
+    for here, directories, files in os.walk(root):
+        for path in [here] * (here == root) + [here + b"/" + name for name in directories + files]:
+            unpacked[listing.spell(os.fsdecode(path[len(root) :]) or "/")] = on_disk(path, root)
+    ours = listing.entries(flatten([layer(awkward())]))
+    for entry in ours.values():
+        if "same_inode_as" in entry:
+            entry["same_inode_as"] = len(entry["same_inode_as"])
+    assert ours == unpacked
+    assert ours["/a0"]["same_inode_as"] == 3

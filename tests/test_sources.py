@@ -23,11 +23,12 @@ from typing import Any
 
 import pytest
 
-from osbuild import distribution, listing, sources, tar_writer, zstd
+from osbuild import distribution, listing, sources, tar_writer, uncompress, zstd
 from osbuild.arch import AARCH64, X86_64
 from osbuild.cache import Cache
 from osbuild.errors import HostError, InputError, SpecError
 from osbuild.layers import flatten
+from osbuild.limits import Limits
 from osbuild.rootfs import settle
 from osbuild.sources import SOURCES, registry
 from osbuild.transport import Patience
@@ -295,6 +296,42 @@ def test_a_layer_that_stands_twice_is_read_through_its_link(tmp_path: Path) -> N
 def test_a_compressed_archive_is_read(pack: Any, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(pack(save()))
     assert len(opened(f"docker-archive:{tmp_path}/a.tar", X86_64).config.diff_ids) == 2
+
+
+ZEROS = archive(member("zeros", bytes(4 << 20)))  # a thousandth of it as gzip
+
+
+def test_many_small_bombs_are_one_large_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uncompress, "_RATIO_FLOOR", 6 << 20)
+    write_layout(tmp_path / "one", [ZEROS], compress=True)
+    assert "/zeros" in opened(f"oci:{tmp_path}/one", X86_64).tree
+    write_layout(tmp_path / "two", [ZEROS, ZEROS], compress=True)
+    with pytest.raises(InputError, match="a decompression bomb"):
+        opened(f"oci:{tmp_path}/two", X86_64)
+
+
+@pytest.mark.parametrize("source", ["docker-archive", "oci"])
+def test_a_bomb_in_a_bomb_counts_as_both(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uncompress, "_RATIO_FLOOR", 1 << 20)
+    config = {"os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": [blob(ZEROS)]}}
+    record = [{"Config": "c.json", "RepoTags": [], "Layers": ["l"]}]
+    data = archive(
+        member("c.json", json.dumps(config).encode()), member("manifest.json", json.dumps(record).encode()),
+        member("l", gzip.compress(ZEROS)),
+    )  # fmt: skip
+    if source == "oci":
+        write_layout(tmp_path / "l", [ZEROS], compress=True)
+        data = packed(tmp_path / "l")
+    limits = Limits(ratio=1500)
+    (tmp_path / "plain").write_bytes(data)
+    assert "/zeros" in opened(f"{source}:{tmp_path}/plain", X86_64, limits=limits).tree
+    (tmp_path / "twice").write_bytes(gzip.compress(data))
+    with pytest.raises(InputError, match="a decompression bomb"):
+        opened(f"{source}:{tmp_path}/twice", X86_64, limits=limits)
+
+
+def blob(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def test_two_images_in_one_archive_are_refused(tmp_path: Path) -> None:

@@ -128,7 +128,15 @@ def build_all(source: tuple[SourceImage, str], agent: Agent, disk: DiskSpec, out
     for name in ("vmlinux", "vmlinuz", "config"):
         (out / name).write_bytes(name.encode())
     files = {name: File.of(out / name) for name in ("vmlinux", "vmlinuz", "config")}
-    kernel = Kernel(**files, release="6.12", arch="x86_64", key="0", cached=True)
+    kernel = Kernel(
+        vmlinux=files["vmlinux"],
+        vmlinuz=files["vmlinuz"],
+        config=files["config"],
+        release="6.12",
+        arch="x86_64",
+        key="0",
+        cached=True,
+    )
     spec = BuildSpec(image="oci:x", out=out, arch=X86_64, disk=disk, rootfs=RootfsSpec(init=source[1]))
     rootfs, show = rootfs_of(source, agent), Show(quiet=True)
     image = pipeline.make_image(spec, rootfs, out / "rootfs.img", show)

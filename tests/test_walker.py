@@ -26,7 +26,7 @@ from tests.boot_fixtures import boot_kernel
 from tests.layer_tools import opened
 from tests.random_trees import forest, random_tree
 from tests.test_xfs import every_kind
-from tests.walker import HOME, Job, Keeps, Walk, differences, machine_of, walk, walk_initrd, walker
+from tests.walker import _ALARM, _CALM, HOME, Job, Keeps, Walk, differences, machine_of, walk, walk_initrd, walker
 
 __all__ = ["boot_kernel", "walker"]  # fixtures
 
@@ -286,3 +286,18 @@ def test_a_filesystem_that_cannot_be_mounted_is_a_difference(small: Tree, small_
 
 def test_the_walk_after_a_failed_one_is_whole(small: Tree, small_walks: list[Walk]) -> None:
     assert differences(small, small_walks[2], KEEPS["ext4"]) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "alarming"),
+    [
+        ("EXT4-fs mount: 35 callbacks suppressed", False),  # of a guest that gets too little time: only such messages
+        ("EXT4-fs unmount: 2 callbacks suppressed", False),
+        ("EXT4-fs (pmem0p1): mounted filesystem ea7c6cac ro with ordered data mode. Quota mode: disabled.", False),
+        ("EXT4-fs error: 3 callbacks suppressed", True),
+        ("EXT4-fs error (device pmem0p1): ext4_lookup:1857: inode #2: comm init: iget: checksum invalid", True),
+        ("erofs: (device vda1): cannot find valid erofs superblock", True),
+    ],
+)
+def test_a_kernels_alarm_is_told_from_what_it_says_anyway(line: str, alarming: bool) -> None:
+    assert bool(_ALARM.search(line) and not _CALM.search(line)) == alarming

@@ -38,8 +38,8 @@ _JOB: Final = "walker: job "
 # What a kernel says when a filesystem, or something in itself, is not right.
 _ALARM: Final = re.compile(r"EXT4-fs|erofs|XFS|WARNING:|BUG:|I/O error|Oops")
 _CALM: Final = re.compile(
-    r"unmount: \d+ callbacks suppressed|mounted filesystem|mounted with root inode|unmounting filesystem|ommand line|"
-    r"SGI XFS|Mounting V5 Filesystem|Ending clean mount|Unmounting Filesystem"
+    r"EXT4-fs (un)?mount: \d+ callbacks suppressed|mounted filesystem|mounted with root inode|unmounting filesystem|"
+    r"ommand line|SGI XFS|Mounting V5 Filesystem|Ending clean mount|Unmounting Filesystem"
 )
 
 

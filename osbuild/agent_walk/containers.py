@@ -9,7 +9,7 @@ from typing import Final
 from osbuild.agent_client import AGENT
 from osbuild.agent_process import running
 from osbuild.agent_values import Storage
-from osbuild.agent_walk.base import CALL_SECONDS, RUN_SECONDS, SHELL, Step, Walk, expect, refused
+from osbuild.agent_walk.base import CALL_SECONDS, RUN_SECONDS, SHELL, Step, Walk, expect, refused, said
 from osbuild.container import CAPABILITIES, NO_CAPABILITIES, ContainerSpec, Mount, Rlimit, User
 from osbuild.findings import NotHere, Wrong
 from osbuild.ttrpc import Code, StatusError
@@ -283,11 +283,11 @@ def only_agent(walk: Walk) -> str:
     expect("status", finished.status, 0)
     if not finished.stdout.strip():
         raise Wrong("it wrote nothing")
-    wrong = walk.run(walk.spec(walk.place.program, "--listen"))
-    expect("the status of a wrong word", wrong.status, 2)
-    if not wrong.stderr:
-        raise Wrong("nothing came on standard error")
-    return f"{finished.stdout.decode(errors='replace').strip()}; a wrong word: status 2 and {len(wrong.stderr)} bytes"
+    vain = walk.run(walk.spec(walk.place.program, "--listen", "unix:/no/such/directory/socket"))
+    expect("the status where it cannot listen", vain.status, 1)
+    if b"No such file or directory" not in vain.stdout + vain.stderr:
+        raise Wrong(f"it does not say why it cannot listen: {said(vain.stdout + vain.stderr)}")
+    return f"{finished.stdout.decode(errors='replace').strip()}; where it cannot listen it ends with 1, and says why"
 
 
 CONTAINERS: Final = (

@@ -60,7 +60,7 @@ def _read(backing: Backing, where: str, want: Want) -> tuple[SourceImage, bytes]
     match_layers(names, config, where)
     spool = Spool()
     layers = [
-        _layer(archive.content(_name(name, where)), spool, diff_id, where, want.limits)
+        _layer(archive.content(_name(name, where)), spool, diff_id, where, archive.limits)
         for name, diff_id in zip(names, config.diff_ids, strict=True)
     ]
     return finished(where, _digest(config_bytes), config, layers, want), config_bytes

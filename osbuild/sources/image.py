@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from osbuild import oci
@@ -13,7 +13,7 @@ from osbuild.layers import Layer, flatten
 from osbuild.spec import RegistrySpec
 from osbuild.tar import Limits
 from osbuild.tree import Backing, Spool, Tree
-from osbuild.uncompress import uncompressed
+from osbuild.uncompress import check_ratio, uncompressed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +56,19 @@ def add_layer(
     """Uncompress a layer into the spool, and believe it only if its sha256 is the diff_id."""
     start = spool.size
     digest = hashlib.sha256()
-    for data in uncompressed(chunks, compression, where, limits):
+    for data in uncompressed(_counted(spool, chunks), compression, where, limits):
         digest.update(data)
         spool.append(data)
         if spool.size > limits.image_bytes:
             raise InputError(f"{where}: all layers have more than {limits.image_bytes} bytes when uncompressed")
+        check_ratio(spool.taken, spool.size, where, limits)  # of all layers: many small bombs are a large one
     return checked_layer(spool, start, spool.size - start, digest.hexdigest(), diff_id, where)
+
+
+def _counted(spool: Spool, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    for data in chunks:
+        spool.taken += len(data)
+        yield data
 
 
 def checked_layer(spool: Backing, offset: int, size: int, sha256: str, diff_id: str, where: str) -> Layer:

@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from osbuild import oci
 from osbuild.errors import InputError
+from osbuild.limits import Limits
 from osbuild.sources.image import SourceImage, Want, add_layer, finished, match_layers, unreadable
 from osbuild.sources.members import Members, open_archive
 from osbuild.tree import Spool, quote
@@ -30,6 +31,8 @@ _ROOT_NAMES: Final = frozenset(("bin", "etc", "usr", "sbin", "lib"))
 
 class _Files(Protocol):
     """Where a layout's files are."""
+
+    limits: Limits  # for its layers
 
     def check_kind(self) -> None:
         """InputError, with what it may be instead, when this is no layout at all."""
@@ -52,7 +55,7 @@ def open_image(reference: oci.Reference, want: Want) -> SourceImage:
     match_layers(manifest.layers, config, where)
     spool = Spool()
     layers = [
-        add_layer(spool, _stream(files, layer, where), oci.LAYER_TYPES[layer.media_type], diff_id, where, want.limits)
+        add_layer(spool, _stream(files, layer, where), oci.LAYER_TYPES[layer.media_type], diff_id, where, files.limits)
         for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True)
     ]
     return finished(where, descriptor.digest, config, layers, want)
@@ -67,7 +70,7 @@ def _open(name: str, where: str, want: Want) -> _Files:
     except OSError as problem:
         raise unreadable(quote(name), problem, hint=_HINT) from None
     if directory:
-        return _Directory(path, where)
+        return _Directory(path, where, want.limits)
     return _Packed(Members(open_archive(name, want.limits), where, want.limits), name)
 
 
@@ -139,7 +142,8 @@ def _stream(files: _Files, descriptor: oci.Descriptor, where: str) -> Iterator[b
 class _Directory:
     """A layout that is a directory."""
 
-    def __init__(self, root: Path, where: str) -> None:
+    def __init__(self, root: Path, where: str, limits: Limits) -> None:
+        self.limits = limits
         self._root = root
         self._where = where
 
@@ -191,6 +195,7 @@ class _Packed:
     """A layout that is in an archive."""
 
     def __init__(self, members: Members, name: str) -> None:
+        self.limits = members.limits
         self._members = members
         self._name = name
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import os
 import posixpath
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final
 
@@ -61,10 +62,17 @@ def _from_standard_input(limits: tar.Limits) -> Spool:
 def _copied(file: IO[bytes], where: str, limits: tar.Limits) -> Spool:
     spool = Spool()
     head = file.read(CHUNK)
-    pieces = itertools.chain([head], iter(lambda: file.read(CHUNK), b""))
-    for data in uncompressed(pieces, sniff(head), where, limits):
+    for data in uncompressed(_pieces(head, file, spool), sniff(head), where, limits):
         spool.append(data)
     return spool
+
+
+def _pieces(head: bytes, file: IO[bytes], spool: Spool) -> Iterator[bytes]:
+    data = head
+    while data:
+        spool.taken += len(data)
+        yield data
+        data = file.read(CHUNK)
 
 
 class Members:
@@ -73,6 +81,9 @@ class Members:
     def __init__(self, backing: Backing, where: str, limits: tar.Limits) -> None:
         self._backing = backing
         self._where = where
+        self.limits = limits  # for what is compressed in it: in two steps no more than in one
+        if isinstance(backing, Spool) and 0 < backing.taken < backing.size:
+            self.limits = dataclasses.replace(limits, ratio=max(1, limits.ratio * backing.taken // backing.size))
         self._members: dict[str, tar.Member] = {}
         for member in tar.read(backing, 0, backing.size, limits):
             if member.name in self._members and not stat.S_ISDIR(member.kind):

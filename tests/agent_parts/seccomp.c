@@ -1,6 +1,7 @@
 /* The agent's filters without the agent: FILE is a grpc.LinuxSeccomp.
  *
- *     compile FILE             its program, a line each: code jt jf k; and the flags before it
+ *     compile                  for each FILE on standard input: "ok FLAGS" and the program, a line each: code jt jf k,
+ *                              or a status and a reason; and an empty line
  *     try FILE CALL,ARG,… …    each call made in a process of its own under it: errno, 0, or "signal N"
  */
 #define _GNU_SOURCE
@@ -55,23 +56,39 @@ static void try_call(char *words)
         printf("%d\n", WEXITSTATUS(status));
 }
 
+static void compile(const char *path)
+{
+    struct arena arena = {0};
+    struct failure failure = {0};
+    if (load(path, &arena, &failure))
+        printf("ok %u\n", filter.flags);
+    else
+        printf("%d %s\n", failure.status, failure.reason);
+    for (size_t i = 0; i < filter.count; i++)
+        printf("%u %u %u %u\n", filter.rows[i].code, filter.rows[i].jt, filter.rows[i].jf, filter.rows[i].k);
+    puts("");
+    fflush(stdout);
+    seccomp_reset(&filter);
+    arena_reset(&arena);
+}
+
 int main(int argc, char **argv)
 {
     struct arena arena = {0};
     struct failure failure = {0};
-    if (argc < 3)
+    char path[4096];
+    if (argc == 2 && strcmp(argv[1], "compile") == 0) {
+        while (fgets(path, sizeof path, stdin) != NULL) {
+            path[strcspn(path, "\n")] = '\0';
+            compile(path);
+        }
+        return 0;
+    }
+    if (argc < 3 || strcmp(argv[1], "try") != 0 || !load(argv[2], &arena, &failure))
         return 2;
-    if (!load(argv[2], &arena, &failure)) {
-        printf("%d %s\n", failure.status, failure.reason);
-    } else if (strcmp(argv[1], "compile") == 0) {
-        printf("ok %u\n", filter.flags);
-        for (size_t i = 0; i < filter.count; i++)
-            printf("%u %u %u %u\n", filter.rows[i].code, filter.rows[i].jt, filter.rows[i].jf, filter.rows[i].k);
-    } else {
-        puts("ok");
+    for (int i = 3; i < argc; i++) {
         fflush(stdout);
-        for (int i = 3; i < argc; i++)
-            try_call(argv[i]);
+        try_call(argv[i]);
     }
     seccomp_reset(&filter);
     arena_reset(&arena);
