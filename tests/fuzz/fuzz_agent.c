@@ -24,7 +24,7 @@
 enum {
     HEADER = 10,
     PAUSE = 0x10,
-    TURNS = 150, /* of the loop, for calls that wait */
+    TURNS = 80, /* of the loop, for calls that wait */
     TURN_MS = 2,
     DEEPEST = 12, /* messages within messages */
     PIECES = 700, /* bytes that come at a time: frames arrive in parts */
@@ -249,7 +249,8 @@ static size_t replace(uint8_t *data, size_t size, size_t most, size_t from, size
     if (size - (to - from) + count > most)
         return size;
     memmove(data + from + count, data + to, size - to);
-    memcpy(data + from, bytes, count);
+    if (count > 0)
+        memcpy(data + from, bytes, count);
     return size - (to - from) + count;
 }
 
