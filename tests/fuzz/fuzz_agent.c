@@ -53,7 +53,7 @@ int __wrap_mknodat(int directory, const char *path, mode_t mode, dev_t device)
     return file >= 0 ? 0 : -1;
 }
 
-/* With AGENT_ALONE set no process can be started: a hundred times as many inputs, and not all of what they could do. */
+/* With AGENT_ALONE set no process can be started: ten times as many inputs, and not all of what they could do. */
 static bool alone;
 
 bool __real_shared_make(const char *hostname, struct failure *failure);

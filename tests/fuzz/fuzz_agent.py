@@ -44,6 +44,9 @@ def run(work: Path, options: list[str]) -> int:
     build(work / "fuzz_agent", _FUZZED)
     argv = ["/work/fuzz_agent", "/work/corpus", "-artifact_prefix=/work/findings/", "-timeout=30", "-rss_limit_mb=2048"]
     environment = {**os.environ, "ASAN_OPTIONS": _SANITIZERS, "UBSAN_OPTIONS": "print_stacktrace=1"}
+    if "AGENT_ALONE" in os.environ:  # libFuzzer's watcher and LeakSanitizer's would be processes too many
+        argv += ["-rss_limit_mb=0", "-detect_leaks=0"]
+        environment["ASAN_OPTIONS"] += ":detect_leaks=0"
     return subprocess.run([*_JAIL, str(work), *argv, *options], env=environment, check=False).returncode
 
 
