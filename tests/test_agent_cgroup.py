@@ -375,7 +375,8 @@ def guest(kernel: Kernel, busybox_initrd: Initrd, tmp_path_factory: pytest.TempP
 
 def looked_up(guest: Containers, name: str, *files: str) -> list[str]:
     """What files of a container's cgroup say: it is the root of what is seen from inside."""
-    script = "test -e /mnt/cgroup.procs || { mkdir -p /mnt; mount -t cgroup2 none /mnt; }; cd /mnt; for f; do tr '\\n' ' ' <$f; echo; done"
+    mounted = "test -e /mnt/cgroup.procs || { mkdir -p /mnt; mount -t cgroup2 none /mnt; }"
+    script = f"{mounted}; cd /mnt; for f; do tr '\\n' ' ' <$f; echo; done"
     status, text = guest.run_in(name, "sh", "-c", script, "sh", *files, capabilities=_MAY_MOUNT)
     assert status == 0, text
     return [line.strip() for line in text.splitlines()]
