@@ -29,6 +29,7 @@ echo 0 >"$0/cgroup.procs" && exec unshare --mount --cgroup sh -c '
   mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec "$@"' sh "$@"
 """
 _NO_LIMIT: Final = 2**64 - 1
+_MAY_MOUNT: Final = ("CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE")
 
 
 @pytest.fixture(scope="module")
@@ -373,10 +374,10 @@ def guest(kernel: Kernel, busybox_initrd: Initrd, tmp_path_factory: pytest.TempP
 
 
 def looked_up(guest: Containers, name: str, *files: str) -> list[str]:
-    """What files of a container's cgroup say, seen by another one that may mount."""
-    script = "mkdir -p /mnt && mount -t cgroup2 none /mnt && cd /mnt/kata/$0 && for f; do tr '\\n' ' ' <$f; echo; done"
-    looker = process("sh", "-c", script, name, *files, capabilities=("CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE"))
-    status, text = guest.run(description(Path("/"), looker, mounts=[PROC, DEV]))
+    """What files of a container's cgroup say: it is the root of what is seen from inside."""
+    mounted = "test -e /mnt/cgroup.procs || { mkdir -p /mnt; mount -t cgroup2 none /mnt; }"
+    script = f"{mounted}; cd /mnt; for f; do tr '\\n' ' ' <$f; echo; done"
+    status, text = guest.run_in(name, "sh", "-c", script, "sh", *files, capabilities=_MAY_MOUNT)
     assert status == 0, text
     return [line.strip() for line in text.splitlines()]
 
@@ -392,14 +393,15 @@ def test_in_a_guest_the_kernel_takes_every_limit(guest: Containers) -> None:
         },
     }
     files = ("memory.max", "memory.swap.max", "memory.low", "cpu.weight", "cpu.max", "cpuset.cpus", "pids.max")
-    name = guest.start(description(Path("/"), process("sleep", "1000"), linux=about, mounts=[PROC, DEV]), name="all")
+    sleeper = process("sleep", "1000", capabilities=_MAY_MOUNT)
+    name = guest.start(description(Path("/"), sleeper, linux=about, mounts=[PROC, DEV]))
     try:
-        found = looked_up(guest, "all", *files)
+        found = looked_up(guest, name, *files)
         assert found == [str(32 << 20), str(16 << 20), str(1 << 20), "39", "50000 100000", "0", "20"]
         guest.call(
             "UpdateContainer", container_id=name, resources={"Memory": {"Limit": 40 << 20}, "CPU": {"Quota": -1}}
         )
-        assert looked_up(guest, "all", "memory.max", "cpu.max") == [str(40 << 20), "max 100000"]
+        assert looked_up(guest, name, "memory.max", "cpu.max") == [str(40 << 20), "max 100000"]
     finally:
         guest.remove(name)
 

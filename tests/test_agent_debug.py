@@ -19,6 +19,8 @@ import pytest
 
 from osbuild import command, ttrpc
 from osbuild.agent_client import AgentClient
+from osbuild.artifacts import Initrd, Kernel
+from tests.agent_guest import booted
 
 _SECONDS: Final = 20.0
 _LARGEST_LOG: Final = 64 * 1024  # debug_log.c's MOST
@@ -217,3 +219,28 @@ def test_an_option_that_is_none_is_answered_with_the_usage(sanitized_agent: Path
     found = subprocess.run([sanitized_agent, *words], capture_output=True, text=True, timeout=_SECONDS, check=False)
     assert found.returncode == 2
     assert "--debug-console unix:PATH" in found.stderr
+
+
+# --- in a guest ---
+
+
+def console_says(log: Path, *words: str) -> None:
+    eventually([], lambda: [word for word in words if word not in log.read_text(errors="replace")])
+
+
+@pytest.mark.boot
+def test_the_bare_word_gives_the_guests_console_a_shell(kernel: Kernel, busybox_initrd: Initrd, tmp_path: Path) -> None:
+    with booted(kernel, busybox_initrd, tmp_path / "guest", words=("agent.debug_console",)) as client:
+        console_says(tmp_path / "guest/console.log", "a debug console was opened", "# ")
+        client.destroy_sandbox()
+
+
+@pytest.mark.boot
+def test_ports_are_listened_on_as_the_words_say(kernel: Kernel, busybox_initrd: Initrd, tmp_path: Path) -> None:
+    words = ("agent.debug_console", "agent.debug_console_vport=1026", "agent.log_vport=1025")
+    with booted(kernel, busybox_initrd, tmp_path / "guest", words=words) as client:
+        console_says(tmp_path / "guest/console.log", '"what":"debug console"', '"what":"log"')
+        client.destroy_sandbox()
+    text = (tmp_path / "guest/console.log").read_text(errors="replace")
+    assert "a debug console was opened" not in text
+    assert "cannot listen" not in text

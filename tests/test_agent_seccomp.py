@@ -150,7 +150,7 @@ _args = st.builds(
     lambda index, op, value, second: {"Index": index, "Op": f"SCMP_CMP_{op}", "Value": value, "ValueTwo": second},
     st.integers(0, 5), st.sampled_from(OPS), st.sampled_from(_VALUES), st.sampled_from(_VALUES),
 )  # fmt: skip
-_rules = st.fixed_dictionaries(
+_rules: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "Names": st.lists(st.sampled_from(list(_CALLS)), min_size=1, max_size=4, unique=True),
         "Action": st.sampled_from(list(ACTIONS)),
@@ -158,7 +158,7 @@ _rules = st.fixed_dictionaries(
     },
     optional={"errnoret": st.sampled_from((0, 1, 38, 4094))},
 )
-_profiles = st.fixed_dictionaries(
+_profiles: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "DefaultAction": st.sampled_from(list(ACTIONS)),
         "Architectures": st.lists(st.sampled_from(list(ARCHES)), unique=True),
