@@ -23,7 +23,8 @@
 
 enum {
     HEADER = 10,
-    TURNS = 30, /* of the loop, for calls that wait */
+    PAUSE = 0x10,
+    TURNS = 80, /* of the loop, for calls that wait */
     TURN_MS = 2,
     DEEPEST = 12, /* messages within messages */
     PIECES = 700, /* bytes that come at a time: frames arrive in parts */
@@ -33,11 +34,22 @@ size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most);
 
 /* --- the target --- */
 
-/* No BPF program may be loaded by who is root in a user namespace only; containers are to begin all the same. */
+/* Who is root in a user namespace only may neither load BPF programs nor make devices; containers are to begin all the
+ * same. */
 bool __wrap_cgroup_limit_devices(void);
 bool __wrap_cgroup_limit_devices(void)
 {
     return true;
+}
+
+int __wrap_mknodat(int directory, const char *path, mode_t mode, dev_t device);
+int __wrap_mknodat(int directory, const char *path, mode_t mode, dev_t device)
+{
+    (void)device;
+    int file = openat(directory, path, O_CREAT | O_EXCL | O_NOFOLLOW | O_RDWR | O_CLOEXEC, mode & 0777);
+    if (file >= 0)
+        close(file);
+    return file >= 0 ? 0 : -1;
 }
 
 int LLVMFuzzerInitialize(int *argc, char ***argv);
@@ -55,44 +67,85 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     sigprocmask(SIG_BLOCK, &signals, NULL);
     signal(SIGPIPE, SIG_IGN);
     prctl(PR_SET_CHILD_SUBREAPER, 1);
-    log_to(open("/dev/null", O_WRONLY | O_CLOEXEC), false);
+    const char *log = getenv("AGENT_LOG"); /* /dev/stderr tells what becomes of an input */
+    log_to(open(log != NULL ? log : "/dev/null", O_WRONLY | O_CLOEXEC), false);
     log_set_level("trace");
     return loop_begin() ? 0 : 1;
 }
 
-static void drain(struct ttrpc_peer *peer)
+static uint32_t get_u32(const uint8_t *at)
 {
-    ttrpc_written(peer, peer->out.size);
+    return (uint32_t)at[0] << 24 | (uint32_t)at[1] << 16 | (uint32_t)at[2] << 8 | at[3];
 }
 
-static void process(struct ttrpc_peer *peer)
+static size_t find_frames(const uint8_t *data, size_t size, size_t *begins, size_t room)
 {
-    while (ttrpc_process(peer))
-        drain(peer);
-    drain(peer);
+    size_t count = 0;
+    for (size_t at = 0; size - at >= HEADER && count < room; count++) {
+        uint32_t length = get_u32(data + at);
+        if (length > size - at - HEADER)
+            break;
+        begins[count] = at;
+        at += HEADER + length;
+    }
+    return count;
 }
 
-static void turn(struct ttrpc_peer *peer, int wait_ms)
+/* True: there was an answer. */
+static bool process(struct ttrpc_peer *peer)
+{
+    bool answered = false;
+    bool more;
+    do {
+        more = ttrpc_process(peer);
+        answered |= peer->out.size > 0;
+        ttrpc_written(peer, peer->out.size);
+    } while (more);
+    return answered;
+}
+
+static bool turn(struct ttrpc_peer *peer, int wait_ms)
 {
     loop_turn(wait_ms);
     child_reap();
-    if (ttrpc_has_tries(peer))
-        process(peer);
+    return ttrpc_has_tries(peer) && process(peer);
 }
 
+/* Until one of the calls that wait is answered, or so many turns. */
+static void wait_for_an_answer(struct ttrpc_peer *peer, int *turns)
+{
+    while (ttrpc_next_try() != CLOCK_NEVER && *turns > 0 && !turn(peer, TURN_MS))
+        --*turns;
+}
+
+static void receive_part(struct ttrpc_peer *peer, const uint8_t *data, size_t size)
+{
+    /* In memory of its own, of which not one byte too many may be read. */
+    uint8_t *copy = malloc(size);
+    memcpy(copy, data, size);
+    ttrpc_receive(peer, (struct span){copy, size}, false);
+    free(copy);
+    process(peer);
+}
+
+/* A frame of type PAUSE, which the agent ignores, stands for a host that waits for an answer. */
 static void receive(struct ttrpc_peer *peer, const uint8_t *data, size_t size)
 {
+    int turns = TURNS;
     while (size > 0 && !peer->lost && !ttrpc_broken(peer)) {
-        /* In memory of its own, of which not one byte too many may be read. */
-        size_t part = size < PIECES ? size : PIECES;
-        uint8_t *copy = malloc(part);
-        memcpy(copy, data, part);
-        ttrpc_receive(peer, (struct span){copy, part}, false);
-        free(copy);
-        process(peer);
+        size_t begins[1];
+        size_t whole = find_frames(data, size, begins, 1) == 0 ? size : HEADER + (size_t)get_u32(data);
+        bool pause = whole >= HEADER && data[8] == PAUSE;
+        for (size_t left = whole; left > 0;) {
+            size_t part = left < PIECES ? left : PIECES;
+            receive_part(peer, data + (whole - left), part);
+            left -= part;
+        }
         turn(peer, 0);
-        data += part;
-        size -= part;
+        if (pause)
+            wait_for_an_answer(peer, &turns);
+        data += whole;
+        size -= whole;
     }
 }
 
@@ -119,8 +172,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct ttrpc_peer peer = {0};
     receive(&peer, data, size);
-    for (int i = 0; i < TURNS && ttrpc_next_try() != CLOCK_NEVER; i++)
-        turn(&peer, TURN_MS);
     ttrpc_reset(&peer);
     if (ttrpc_next_try() != CLOCK_NEVER || buffer_held() != 0)
         abort(); /* a connection that is gone leaves nothing */
@@ -198,7 +249,8 @@ static size_t replace(uint8_t *data, size_t size, size_t most, size_t from, size
     if (size - (to - from) + count > most)
         return size;
     memmove(data + from + count, data + to, size - to);
-    memcpy(data + from, bytes, count);
+    if (count > 0)
+        memcpy(data + from, bytes, count);
     return size - (to - from) + count;
 }
 
@@ -257,24 +309,6 @@ static size_t mutate_message(uint8_t *data, size_t size, size_t most, int depth)
     default:
         return mutate_content(data, size, most, field, depth);
     }
-}
-
-static uint32_t get_u32(const uint8_t *at)
-{
-    return (uint32_t)at[0] << 24 | (uint32_t)at[1] << 16 | (uint32_t)at[2] << 8 | at[3];
-}
-
-static size_t find_frames(const uint8_t *data, size_t size, size_t *begins, size_t room)
-{
-    size_t count = 0;
-    for (size_t at = 0; size - at >= HEADER && count < room; count++) {
-        uint32_t length = get_u32(data + at);
-        if (length > size - at - HEADER)
-            break;
-        begins[count] = at;
-        at += HEADER + length;
-    }
-    return count;
 }
 
 static size_t mutate_frame(uint8_t *data, size_t size, size_t most, size_t begin)
