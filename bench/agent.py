@@ -76,6 +76,8 @@ def measure_guest(transport: str, work: Path, rounds: int) -> list[dict[str, obj
         client = AgentClient(connection)
         client.wait(SECONDS)
         memory = rss(parse_metrics(client.metrics())) / 1024
+        if transport != "serial":  # long answers get stuck there: see osbuild.runtime.channel
+            return [row(f"Check, emulated guest, {transport}", [checks(client) for _ in range(rounds)], "calls/s")]
         return [
             row(f"resident in a guest, {transport}", [memory], "KiB"),
             *measure_calls(f"emulated guest, {transport}", client, rounds, GUEST_MEGABYTES),
