@@ -104,22 +104,17 @@ def profile_of(*rules: Any, default: str = "ERRNO", arches: Sequence[str] = ("X8
 
 
 def _holds(arg: Mapping[str, Any], args: Sequence[int], mask: int) -> bool:
-    seen, value, second = args[arg["Index"]] & mask, arg["Value"] & mask, arg["ValueTwo"] & mask
-    match arg["Op"].removeprefix("SCMP_CMP_"):
-        case "NE":
-            return seen != value
-        case "LT":
-            return seen < value
-        case "LE":
-            return seen <= value
-        case "EQ":
-            return seen == value
-        case "GE":
-            return seen >= value
-        case "GT":
-            return seen > value
-        case _:
-            return seen & value == second & value
+    value, second = int(arg["Value"]) & mask, int(arg["ValueTwo"]) & mask
+    seen = args[int(arg["Index"])] & mask
+    return {
+        "NE": seen != value,
+        "LT": seen < value,
+        "LE": seen <= value,
+        "EQ": seen == value,
+        "GE": seen >= value,
+        "GT": seen > value,
+        "MASKED_EQ": seen & value == second & value,
+    }[arg["Op"].removeprefix("SCMP_CMP_")]
 
 
 def _applies(rule: Mapping[str, Any], args: Sequence[int], mask: int) -> bool:
