@@ -378,7 +378,7 @@ def test_ten_thousand_routes_are_listed(eth0: Network, tmp_path: Path) -> None:
     assert len([row for row in eth0.call("ListRoutes").Routes if row.dest.startswith("10.")]) == 10_000
 
 
-def test_ten_thousand_routes_are_set_while_others_wait_a_moment_only_and_not_one_more(eth0: Network) -> None:
+def test_ten_thousand_routes_can_be_set_and_not_one_more(eth0: Network) -> None:
     routes = [{"dest": f"10.{i >> 8}.{i & 255}.0/24", "device": "eth0"} for i in range(10_000)]
     assert len(eth0.call("UpdateRoutes", routes={"Routes": routes}).Routes) >= 10_000
     refused = eth0.refused("UpdateRoutes", routes={"Routes": [*routes, *routes[:1]]})
