@@ -196,6 +196,17 @@ def test_sigterm_reaches_a_first_process_with_a_handler(containers: Containers, 
     containers.remove(name)
 
 
+def test_a_signal_for_no_process_in_particular_reaches_all_of_the_container(containers: Containers, root: Path) -> None:
+    waits = "echo; while :; do sleep 0.05; done"
+    name = containers.start(description(root, process("sh", "-c", f"trap '' USR1; {waits}")))
+    other = containers.execute(name, "sh", "-c", f"trap 'exit 6' USR1; {waits}")
+    for process_id in ("", other):
+        containers.call("ReadStdout", container_id=name, exec_id=process_id, len=10)
+    containers.call("SignalProcess", container_id=name, signal=signal.SIGUSR1)
+    assert containers.wait(name, other) == 6
+    containers.remove(name)
+
+
 def test_killing_a_container_kills_all_that_is_in_it(containers: Containers, root: Path) -> None:
     name = containers.start(description(root, process("sleep", "1000")))
     other = containers.execute(name, "sleep", "1000")
