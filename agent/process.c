@@ -19,7 +19,9 @@
 
 enum {
     PIECE = 256 * 1024, /* what one read gives at most: an answer has to be copied and sent whole */
-    LEFTOVER_MS = 500, /* so long after its end is a terminal's output waited for */
+    /* So long after its end is its output waited for: a runtime asks for the status only when the output has ended, and
+     * a process that it left behind may keep that open. */
+    LEFTOVER_MS = 500,
     FULL_MS = 50, /* a terminal that takes no more does not always say when it does again */
 };
 
@@ -249,7 +251,7 @@ bool process_lacks_handler(const struct process *process, int number)
 
 /* --- what the calls do --- */
 
-/* A failure, as Kata's agent has it: to its runtime no bytes mean that there are none yet, and it asks again for ever. */
+/* A failure ends the reading of all of Kata's runtimes. Some take no bytes for none yet, and ask again for ever. */
 static enum ttrpc_status end_of_output(struct ttrpc_call *call)
 {
     failure_set(&call->failure, TTRPC_INTERNAL, "EOF: the process writes no more");
@@ -260,7 +262,7 @@ static enum ttrpc_status wait_for_output(struct process *process, struct stream 
 {
     if (process->delivered_at != 0)
         return end_of_output(call);
-    if (!process->terminal || process->alive)
+    if (process->alive)
         return ttrpc_later(call, stream, CLOCK_NEVER);
     int64_t last = process->ended_at + LEFTOVER_MS;
     return clock_ms() >= last ? end_of_output(call) : ttrpc_later(call, stream, last);

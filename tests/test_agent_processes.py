@@ -136,6 +136,17 @@ def test_a_grandchild_that_keeps_the_pipe_does_not_hold_up_the_wait(containers: 
         reader.result(5)
 
 
+def test_a_grandchild_that_keeps_the_pipe_does_not_hold_up_who_reads_to_the_end(
+    containers: Containers, idle: str
+) -> None:
+    name = containers.execute(idle, "sh", "-c", "sleep 1000 & echo last; exit 4")
+    reader = containers.later("ReadStderr", container_id=idle, exec_id=name, len=10)
+    assert containers.read(idle, name) == b"last\n"
+    with pytest.raises(StatusError, match="EOF"):
+        reader.result(5)
+    assert containers.wait(idle, name) == 4
+
+
 def test_a_program_that_is_not_root_can_open_its_own_output(containers: Containers, idle: str) -> None:
     user = {"UID": 1000, "GID": 1001}
     assert containers.run_in(idle, "sh", "-c", "echo fine >/dev/stdout", User=user) == (0, "fine\n")
