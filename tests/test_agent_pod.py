@@ -1,9 +1,9 @@
-"""A pod as Kata's runtime and containerd make one: the calls of a sandbox, its pause container and a workload, in order."""
+"""A pod as Kata's runtime and containerd make one: a sandbox, its pause container and a workload, call by call."""
 
 from __future__ import annotations
 
-import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -11,8 +11,9 @@ from typing import Any, Final
 import pytest
 
 from osbuild.agent_client import AGENT
-from tests.agent_container import DEV, PROC, PTS, SYS, Containers, Message, make_root, process
-from tests.agent_guest import contained
+from osbuild.artifacts import Initrd, Kernel
+from tests.agent_container import DEV, PROC, PTS, SYS, Containers, Later, Message, make_root, process
+from tests.agent_guest import booted, contained
 from tests.agent_program import BUSYBOX
 
 pytestmark = [
@@ -32,6 +33,7 @@ MASKED: Final = ["/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/pr
                  "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware",
                  "/sys/devices/virtual/powercap"]  # fmt: skip
 READONLY: Final = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+SECRETS: Final = "/var/run/secrets/kubernetes.io/serviceaccount"
 UNITS: Final = "kubepods-besteffort-pod0c1d2e3f.slice:cri-containerd:"
 PATHS: Final = "/kubepods/besteffort/pod0c1d2e3f/"
 
@@ -43,6 +45,7 @@ def bind(source: str, destination: str, *options: str) -> Message:
 class Pod:
     """What the host's runtime does, with a directory for the share."""
 
+    one_pid_namespace = False
     pause_score = 998  # a runtime says -998, for which this host may lack the privilege
 
     def __init__(self, containers: Containers, share: Path, resources: Message) -> None:
@@ -57,16 +60,25 @@ class Pod:
         (self.share / name).write_text(text)
         return f"{SHARED}/{name}"
 
-    def create_sandbox(self) -> None:
+    def link(self, name: str, target: str) -> None:
+        (self.share / name).symlink_to(target)
+
+    def put_root(self, name: str) -> None:
+        make_root(self.share / name / "rootfs")
+        (self.share / name / "rootfs/etc/resolv.conf").touch()  # what is read-only must have the places for mounts
+
+    def storages(self) -> list[Message]:
         # A bind mount stands for virtiofs.
-        share = {"driver": "virtio-fs", "source": str(self.share), "fstype": "bind", "mount_point": f"{SHARED}/"}
+        return [{"driver": "virtio-fs", "source": str(self.share), "fstype": "bind", "mount_point": f"{SHARED}/"}]
+
+    def create_sandbox(self) -> None:
         shm = {"driver": "ephemeral", "source": "shm", "fstype": "tmpfs", "mount_point": SHM,
                "options": ["noexec", "nosuid", "nodev", "mode=1777", "size=67108864"]}  # fmt: skip
-        self.call("CreateSandbox", hostname="pod", dns=["nameserver 10.96.0.10"], storages=[share, shm],
-                  sandbox_pidns=False, sandbox_id=SANDBOX)  # fmt: skip
+        self.call("CreateSandbox", hostname="pod", dns=["nameserver 10.96.0.10"], storages=[*self.storages(), shm],
+                  sandbox_pidns=self.one_pid_namespace, sandbox_id=SANDBOX)  # fmt: skip
 
     def oci(self, name: str, first: Message, mounts: list[Message], cgroups: str, **root: Any) -> Message:
-        make_root(self.share / name / "rootfs")
+        self.put_root(name)
         return {
             "Version": "1.2.0",
             "Process": first,
@@ -97,7 +109,6 @@ class Pod:
             "net.ipv4.ip_unprivileged_port_start": "0",
             "net.ipv4.ping_group_range": "0 2147483647",
         }
-        (self.share / SANDBOX / "rootfs/etc/resolv.conf").touch()  # its root is read-only, here as on the host
         self.call("CreateContainer", container_id=SANDBOX, exec_id=SANDBOX, OCI=oci)
         self.call("StartContainer", container_id=SANDBOX)
 
@@ -105,8 +116,7 @@ class Pod:
         token = f"{WORKLOAD}-0011223344556677-serviceaccount"
         self.put(f"{token}/..2026_11_30/token", "a token\n")
         for link, target in (("..data", "..2026_11_30"), ("token", "..data/token")):
-            (self.share / token / link).symlink_to(target)
-        (self.share / "watchable").mkdir()
+            self.link(f"{token}/{link}", target)
         empty = f"{SHARED}/{SANDBOX}/rootfs/local/cache"
         memory = "/run/kata-containers/sandbox/ephemeral/scratch"
         storages = [
@@ -119,7 +129,7 @@ class Pod:
         rw = ("rbind", "rprivate", "rw")
         mounts = [
             PROC, DEV, PTS, MQUEUE, SYS, CGROUP,
-            bind(f"{SHARED}/watchable/{token}", "/var/run/secrets/kubernetes.io/serviceaccount", "rbind", "rprivate", "ro"),
+            bind(f"{SHARED}/watchable/{token}", SECRETS, "rbind", "rprivate", "ro"),
             bind(empty, "/cache", *rw),
             bind(memory, "/scratch", *rw),
             bind(self.put(f"{WORKLOAD}-0123456789abcdef-hosts", "127.0.0.1 localhost\n"), "/etc/hosts", *rw),
@@ -136,6 +146,30 @@ class Pod:
         self.call("CreateContainer", container_id=WORKLOAD, exec_id=WORKLOAD, OCI=oci, storages=storages)
 
 
+class GuestPod(Pod):
+    """Without a share, as for Firecracker: what the host has is copied. The guest's own root is the containers'."""
+
+    one_pid_namespace = True
+    pause_score = -998
+
+    def _copy(self, name: str, mode: int, data: bytes) -> None:
+        self.call("CopyFile", path=f"{SHARED}/{name}", file_size=len(data), file_mode=mode, dir_mode=0o750, data=data)
+
+    def put(self, name: str, text: str) -> str:
+        self._copy(name, stat.S_IFREG | 0o644, text.encode())
+        return f"{SHARED}/{name}"
+
+    def link(self, name: str, target: str) -> None:
+        self._copy(name, stat.S_IFLNK | 0o777, target.encode())
+
+    def put_root(self, name: str) -> None:
+        pass
+
+    def storages(self) -> list[Message]:
+        return [{"driver": "virtio-fs", "source": "/", "fstype": "bind", "mount_point": f"{SHARED}/{name}/rootfs"}
+                for name in (SANDBOX, WORKLOAD)]  # fmt: skip
+
+
 @pytest.fixture
 def pod(sanitized_agent: Path, tmp_path: Path) -> Iterator[Pod]:
     share = tmp_path / "share"
@@ -144,47 +178,79 @@ def pod(sanitized_agent: Path, tmp_path: Path) -> Iterator[Pod]:
         yield Pod(Containers(client), share, {})  # this host may have no controllers
 
 
-SCRIPT: Final = """
-cat /etc/hosts /etc/hostname /etc/resolv.conf /var/run/secrets/kubernetes.io/serviceaccount/token
+SCRIPT: Final = f"""
+cat /etc/hosts /etc/hostname /etc/resolv.conf {SECRETS}/token
 hostname
 echo done > /dev/termination-log
 echo kept > /cache/file && echo kept > /scratch/file && echo shared > /dev/shm/file
-echo x > /var/run/secrets/kubernetes.io/serviceaccount/x || echo sealed
-test -e /sys/fs/cgroup/cgroup.procs && echo ready
+echo x > {SECRETS}/x || echo sealed
+[ -e /sys/fs/cgroup/cgroup.procs ] && echo ready
 exec sleep 1000
 """
 
 
-@pytest.mark.parametrize("cgroups", [UNITS, PATHS], ids=["systemd's cgroup names", "paths of cgroups"])
-def test_a_pod_goes_its_way_from_the_sandbox_to_the_end_as_the_runtime_drives_it(pod: Pod, cgroups: str) -> None:
-    containers = pod.containers
+def run_workload(pod: Pod, cgroups: str) -> tuple[Later, Later]:
+    """Up to where its script sleeps: the waits for the pause container and for the workload."""
     pod.create_sandbox()
     details = pod.call("GetGuestDetails", mem_block_size=True, mem_hotplug_probe=True)
     assert "watchable-bind" in details.agent_details.storage_handlers
     pod.create_pause(cgroups)
-    oom = containers.later("GetOOMEvent")
-    paused = containers.later("WaitProcess", container_id=SANDBOX, exec_id=SANDBOX)
+    pause = pod.containers.later("WaitProcess", container_id=SANDBOX, exec_id=SANDBOX)
     pod.create_workload(cgroups, "/bin/sh", "-c", SCRIPT)
-    waits = containers.later("WaitProcess", container_id=WORKLOAD, exec_id=WORKLOAD)
+    work = pod.containers.later("WaitProcess", container_id=WORKLOAD, exec_id=WORKLOAD)
     pod.call("StartContainer", container_id=WORKLOAD)
     text = ""
     while not text.endswith("ready\n"):
         text += pod.call("ReadStdout", container_id=WORKLOAD, exec_id=WORKLOAD, len=32768).data.decode()
-    assert text == ("127.0.0.1 localhost\npod\nnameserver 10.96.0.10\na token\npod\nsealed\nready\n")
-    (log,) = pod.share.glob("*-termination-log")
-    assert log.read_text() == "done\n"
-    assert containers.run_in(WORKLOAD, "cat", "/dev/shm/file", "/scratch/file", "/cache/file")[1] == (
-        "shared\nkept\nkept\n"
-    )
-    assert containers.run_in(SANDBOX, "cat", "/dev/shm/file")[1] == "shared\n"
-    stats = pod.call("StatsContainer", container_id=WORKLOAD)
-    assert stats.cgroup_stats.cpu_stats.cpu_usage.total_usage > 0
+    assert text == "127.0.0.1 localhost\npod\nnameserver 10.96.0.10\na token\npod\nsealed\nready\n"
+    files = ("/dev/termination-log", "/dev/shm/file", "/scratch/file", "/cache/file")
+    assert pod.containers.run_in(WORKLOAD, "cat", *files)[1] == "done\nshared\nkept\nkept\n"
+    assert pod.containers.run_in(SANDBOX, "cat", "/dev/shm/file")[1] == "shared\n"
+    return pause, work
+
+
+def end(pod: Pod, pause: Later, work: Later) -> None:
     pod.call("SignalProcess", container_id=WORKLOAD, exec_id=WORKLOAD, signal=15)
-    assert waits.result().status in {128 + 9, 128 + 15}  # a first process without a handler is killed
+    assert work.result().status in {128 + 9, 128 + 15}  # a namespace's first process without a handler is killed
     pod.call("SignalProcess", container_id=WORKLOAD, exec_id="", signal=9)
     pod.call("RemoveContainer", container_id=WORKLOAD)
     pod.call("SignalProcess", container_id=SANDBOX, exec_id=SANDBOX, signal=9)
-    assert paused.result().status == 137
+    assert pause.result().status == 128 + 9
     pod.call("RemoveContainer", container_id=SANDBOX)
+
+
+@pytest.mark.parametrize("cgroups", [UNITS, PATHS], ids=["systemd's cgroup names", "paths of cgroups"])
+def test_a_pod_goes_its_way_from_the_sandbox_to_the_end_as_the_runtime_drives_it(pod: Pod, cgroups: str) -> None:
+    oom = pod.containers.later("GetOOMEvent")
+    end(pod, *run_workload(pod, cgroups))
     assert not oom.done(0)
-    assert not os.path.exists(pod.share / "watchable/x")
+    (log,) = pod.share.glob("*-termination-log")
+    assert log.read_text() == "done\n"
+    assert list((pod.share / "watchable").iterdir()) == []  # what was there was on the agent's own filesystem
+
+
+@pytest.mark.boot
+@pytest.mark.parametrize("cgroups", [UNITS, PATHS], ids=["systemd's cgroup names", "paths of cgroups"])
+def test_in_a_guest_a_pod_has_its_limits_and_shares_its_pids(
+    kernel: Kernel, busybox_initrd: Initrd, tmp_path: Path, cgroups: str
+) -> None:
+    resources = {
+        "CPU": {"Shares": 2, "Period": 100000, "Quota": 50000},
+        "Memory": {"Limit": 64 << 20, "Swap": 64 << 20},
+        "HugepageLimits": [{"Pagesize": "2MB"}, {"Pagesize": "1GB"}],  # sizes of the host's
+    }
+    with booted(kernel, busybox_initrd, tmp_path) as client:
+        pod = GuestPod(Containers(client), tmp_path, resources)
+        pause, work = run_workload(pod, cgroups)
+        stats = pod.call("StatsContainer", container_id=WORKLOAD).cgroup_stats
+        assert stats.memory_stats.usage.limit == 64 << 20
+        assert stats.cpu_stats.cpu_usage.total_usage > 0
+        changed = {
+            "CPU": {"Shares": 1024, "Period": 100000, "Quota": -1},
+            "Memory": {"Limit": 96 << 20, "Swap": 96 << 20},
+        }
+        pod.call("UpdateContainer", container_id=WORKLOAD, resources=changed)
+        assert pod.call("StatsContainer", container_id=WORKLOAD).cgroup_stats.memory_stats.usage.limit == 96 << 20
+        assert pod.containers.run_in(WORKLOAD, "ps")[1].count("sleep 1000") == 2
+        end(pod, pause, work)
+        client.destroy_sandbox()
