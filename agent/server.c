@@ -388,6 +388,14 @@ static bool somebody_waits(const struct endpoint *listener)
     return poll(&state, 1, 0) == 1;
 }
 
+/* A container reaches vsock too, and with vsock_loopback us: who may call may do everything. */
+static bool is_host(const struct sockaddr_storage *peer)
+{
+    struct sockaddr_vm address;
+    memcpy(&address, peer, sizeof address);
+    return peer->ss_family != AF_VSOCK || address.svm_cid == VMADDR_CID_HOST;
+}
+
 static void accept_all(struct endpoint *listener)
 {
     listener->again = false;
@@ -401,13 +409,20 @@ static void accept_all(struct endpoint *listener)
                 return;
             }
         }
-        int fd = accept4(listener->watch.fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        struct sockaddr_storage peer = {0};
+        socklen_t size = sizeof peer;
+        int fd = accept4(listener->watch.fd, (struct sockaddr *)&peer, &size, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (fd < 0 && (errno == EINTR || errno == ECONNABORTED))
             continue;
         if (fd < 0) {
             if (errno != EAGAIN)
                 warn("cannot accept a connection");
             return;
+        }
+        if (!is_host(&peer)) {
+            LOG(LOG_WARN, SUBSYSTEM, "somebody who is not the host was turned away");
+            close(fd);
+            continue;
         }
         struct endpoint *added = add_stream(SOCKET, fd);
         if (added == NULL) {
