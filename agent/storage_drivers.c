@@ -256,7 +256,8 @@ static enum ttrpc_status find_watchable(struct storage_request *request, struct 
 static enum ttrpc_status find_block(struct storage_request *request, struct failure *failure)
 {
     struct device_node node;
-    if (is_bind(request->storage))
+    /* A runtime binds the device's node as well: a container is to have the disk, not what is on it. */
+    if (is_bind(request->storage) && *request->source == '/' && !place_is_below(request->source, "/dev"))
         return TTRPC_OK;
     enum ttrpc_status status = device_find(request->storage->driver, request->storage->source, &node, failure);
     if (status == TTRPC_OK)
