@@ -1,6 +1,6 @@
 /* Which number of an OCI description becomes which text in which file of a cgroup. What version 2 has no file for -
- * kernel memory, swappiness, switching the OOM killer off, leaf weights - is passed over, as runc does; a limit for
- * which there is a file must be set, or the container does not run. */
+ * kernel memory, swappiness, switching the OOM killer off, leaf weights - is passed over, as runc does; any other limit
+ * must be set, or the container does not run. */
 #define _GNU_SOURCE
 #include "cgroup.h"
 

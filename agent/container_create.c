@@ -181,7 +181,7 @@ static bool plan_namespace(struct plan *plan, const struct oci_namespace *wanted
 static bool plan_pids(struct plan *plan, const struct container *container, struct failure *failure)
 {
     char path[64];
-    const struct container *other = container->shares_pids ? container_sharing_pids() : NULL;
+    const struct container *other = container->shares_pids ? container_with_pids() : NULL;
     if (other == NULL)
         return true;
     snprintf(path, sizeof path, "/proc/%ld/ns/pid", (long)other->first->child.pid);

@@ -388,6 +388,7 @@ static bool somebody_waits(const struct endpoint *listener)
     return poll(&state, 1, 0) == 1;
 }
 
+/* A container reaches vsock too, and with vsock_loopback us: who may call may do everything. */
 bool server_is_host(const struct sockaddr_storage *peer)
 {
     struct sockaddr_vm address;

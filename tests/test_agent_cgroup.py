@@ -128,6 +128,7 @@ def limited(
         ({"HugepageLimits": [{"Pagesize": "1GB", "Limit": 0}]}, {}),
         ({"HugepageLimits": [{"Pagesize": "2MB", "Limit": 4 << 20}]},
          {"hugetlb.2MB.max": "4194304", "hugetlb.2MB.rsvd.max": "4194304"}),
+        ({"HugepageLimits": [{"Pagesize": "1GB"}, {"Pagesize": "64KB", "Limit": 1}]}, {}),  # of the host, not the guest
     ],
     ids=str,
 )  # fmt: skip
