@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "tree.h"
 
+#include "mountinfo.h"
+
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -36,22 +38,6 @@ bool tree_make(const char *path, mode_t mode)
 
 /* --- mounts --- */
 
-/* The kernel writes blanks in a path as \040. The text only gets shorter. */
-static void unescape(char *text)
-{
-    char *to = text;
-    for (const char *from = text; *from != '\0'; to++) {
-        unsigned int code;
-        if (*from == '\\' && sscanf(from + 1, "%3o", &code) == 1 && strlen(from) >= 4) {
-            *to = (char)code;
-            from += 4;
-        } else {
-            *to = *from++;
-        }
-    }
-    *to = '\0';
-}
-
 static bool lies_in(const char *path, const char *directory)
 {
     size_t size = strlen(directory);
@@ -66,17 +52,11 @@ static char *last_mount(const char *path)
     char *found = NULL;
     size_t size = 0;
     while (file != NULL && getline(&line, &size, file) > 0) {
-        char *rest = line;
-        char *target = NULL;
-        for (int field = 0; field < 5 && rest != NULL; field++)
-            target = strsep(&rest, " ");
-        if (rest == NULL)
-            continue;
-        unescape(target);
-        if (!lies_in(target, path))
+        struct mountinfo mount;
+        if (!mountinfo_split(line, &mount) || !lies_in(mount.target, path))
             continue;
         free(found);
-        found = strdup(target);
+        found = strdup(mount.target);
     }
     free(line);
     if (file != NULL)

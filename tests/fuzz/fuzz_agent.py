@@ -21,7 +21,7 @@ from tests.fuzz.agent_seeds import write_seeds
 
 _HERE: Final = Path(__file__).parent
 _LEFT_OUT: Final = ("main.c", "server.c")  # what has the loop and the sockets: the target stands in their place
-_WRAPPED: Final = ("cgroup_limit_devices", "mknodat")
+_WRAPPED: Final = ("cgroup_limit_devices", "mknodat", "shared_make")
 _FUZZED: Final = ("-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all")
 _COUNTED: Final = ("-fsanitize=fuzzer", "-fprofile-instr-generate", "-fcoverage-mapping")
 # What a child says that dies by itself: ASan's reports go where they are found afterwards.
