@@ -267,6 +267,30 @@ def test_a_bind_mount_has_the_flags_that_were_asked_for(agent_: Agent) -> None:
     agent_.path("/run/source/file").write_text("still writable")
 
 
+@pytest.mark.parametrize("share", ["", "/passthrough"], ids=["the Go runtime's", "runtime-rs's"])
+def test_what_is_watched_is_bound_on_a_filesystem_of_its_own_where_the_share_is_read_only(
+    agent_: Agent, share: str
+) -> None:
+    shared = f"{BASE}/shared/containers"
+    agent_.path(f"/run/source{share}/watchable").mkdir(parents=True)
+    for name in ("token", "certificate"):
+        agent_.path(f"/run/source{share}/{name}").mkdir()
+        agent_.path(f"/run/source{share}/{name}/file").write_text(name)
+    watched = [
+        {**bind(f"{shared}{share}/{name}", f"{shared}{share}/watchable/{name}"), "driver": "watchable-bind"}
+        for name in ("token", "certificate")
+    ]
+    agent_.mount(bind("/run/source", shared, options=["ro"]), *watched)
+    for name in ("token", "certificate"):
+        assert agent_.path(f"{shared}{share}/watchable/{name}/file").read_text() == name
+        agent_.path(f"/run/source{share}/{name}/file").write_text("changed")
+        assert agent_.path(f"{shared}{share}/watchable/{name}/file").read_text() == "changed"
+    assert agent_.mounts()[f"{shared}{share}/watchable"][1] == "tmpfs"
+    assert os.listdir(agent_.path(f"/run/source{share}/watchable")) == []
+    error = agent_.refuses({**watched[0], "fstype": "ext4"})
+    assert error.code == INVALID_ARGUMENT
+
+
 @pytest.mark.parametrize("source", ["/run/link", "/run/link/etc", "relative", "/run/nothing"])
 def test_what_is_bound_is_not_found_through_a_symbolic_link(agent_: Agent, source: str) -> None:
     agent_.path("/run/link").symlink_to("/")
