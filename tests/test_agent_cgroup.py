@@ -375,18 +375,10 @@ def guest(kernel: Kernel, busybox_initrd: Initrd, tmp_path_factory: pytest.TempP
 
 
 def looked_up(guest: Containers, name: str, *files: str) -> list[str]:
-<<<<<<< HEAD
     """What files of a container's cgroup say: it is the root of what is seen from inside."""
     mounted = "test -e /mnt/cgroup.procs || { mkdir -p /mnt; mount -t cgroup2 none /mnt; }"
     script = f"{mounted}; cd /mnt; for f; do tr '\\n' ' ' <$f; echo; done"
     status, text = guest.run_in(name, "sh", "-c", script, "sh", *files, capabilities=_MAY_MOUNT)
-=======
-    """What files of a container's cgroup say, which is the topmost one that a process in it can see."""
-    script = "mkdir -p /mnt && cd /mnt && { [ -e cgroup.procs ] || mount -t cgroup2 none /mnt; } && cd /mnt && cat $*"
-    status, text = guest.run_in(
-        name, "sh", "-c", script, "sh", *files, capabilities=("CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE")
-    )
->>>>>>> r-b
     assert status == 0, text
     return [line.strip() for line in text.splitlines()]
 
