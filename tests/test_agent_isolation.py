@@ -208,7 +208,8 @@ def test_who_may_trace_does_not_get_at_the_guests_root_by_a_process_that_is_bein
     containers: Containers, root: Path, outside: Path
 ) -> None:
     """It may look into every process of its PID namespace, also into one that is not its container's yet."""
-    script = f"""n=1; while :; do n=$((n % 60 + 2)); if [ -e /proc/$n/root{outside}/secret ]; then echo seen; exec sleep 1000; fi; done"""
+    look = f"if [ -e /proc/$n/root{outside}/secret ]; then echo seen; exec sleep 1000; fi"
+    script = f"n=1; while :; do n=$((n % 60 + 2)); {look}; done"
     watcher = process("sh", "-c", script, capabilities=(*ALL, "CAP_SYS_PTRACE"))
     name = containers.start(description(root, watcher))
     for _ in range(40):
