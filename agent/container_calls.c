@@ -256,8 +256,8 @@ static enum ttrpc_status remove_container(struct ttrpc_call *call)
         return call->failure.status;
     struct container *container = call->memo == 0 ? container_look_up(call, request.container_id)
                                                   : container_with(call->memo);
-    if (container == NULL)
-        return call->failure.status; /* OK when somebody else removed it meanwhile */
+    if (container == NULL || container->state == CONTAINER_FAILED)
+        return call->failure.status; /* OK when it went meanwhile */
     call->memo = container->serial;
     if (call->tries == 0 || !container_is_dead(container))
         container_kill(container);

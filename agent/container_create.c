@@ -55,10 +55,16 @@ static bool check_mounts(const struct oci_spec *spec, struct failure *failure)
     return true;
 }
 
+/* Beside the containers' own directories there are these. */
+static bool is_directory_of_sandbox(const char *id)
+{
+    return strcmp(id, "shared") == 0 || strcmp(id, "sandbox") == 0;
+}
+
 static bool check_request(const struct create_container_request *request, struct failure *failure)
 {
     const struct oci_spec *spec = request->oci;
-    if (!container_valid_id(request->container_id))
+    if (!container_valid_id(request->container_id) || is_directory_of_sandbox(request->container_id))
         return failure_set(failure, TTRPC_INVALID_ARGUMENT, "%.100s is no id of a container", request->container_id);
     if (spec == NULL || spec->linux_ == NULL || spec->root == NULL || spec->process == NULL)
         return bad(failure, "the description of the container lacks OCI, Linux, Root or Process");
