@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 enum {
-    HELPER_MS = 2000,
+    HELPER_MS = 5000, /* a busy emulator takes its time for what takes a millisecond */
     MOST_FILES = 16384, /* a thousand containers and a thousand processes have up to five descriptors each */
     PIPE_SIZE = 256 * 1024, /* of output: it is fetched in pieces as large, and each costs a call */
 };
