@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/magic.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -225,6 +226,21 @@ bool cgroup_is_frozen(const struct cgroup *cgroup)
 bool cgroup_kill(const struct cgroup *cgroup)
 {
     return cgroup_write(cgroup->directory, "cgroup.kill", "1");
+}
+
+void cgroup_signal(const struct cgroup *cgroup, int number, pid_t first, int first_number)
+{
+    enum { MOST = 1 << 16 }; /* who forks while we read does not keep us here */
+    int file = openat(cgroup->directory, "cgroup.procs", O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+    FILE *list = file < 0 ? NULL : fdopen(file, "r");
+    long pid;
+    for (int i = 0; list != NULL && i < MOST && fscanf(list, "%ld", &pid) == 1; i++)
+        if (pid > 1) /* 0: of a namespace that is not ours to see */
+            kill((pid_t)pid, (pid_t)pid == first ? first_number : number);
+    if (list != NULL)
+        fclose(list);
+    else if (file >= 0)
+        close(file);
 }
 
 bool cgroup_is_empty(const struct cgroup *cgroup)

@@ -31,6 +31,8 @@ bool cgroup_freeze(const struct cgroup *cgroup, bool frozen, struct failure *fai
 bool cgroup_is_frozen(const struct cgroup *cgroup);
 /* SIGKILL to all that is in it, frozen or not. */
 bool cgroup_kill(const struct cgroup *cgroup);
+/* The signal to each process in it, but `first_number` to the process `first`. */
+void cgroup_signal(const struct cgroup *cgroup, int number, pid_t first, int first_number);
 /* No process is in it or below it. */
 bool cgroup_is_empty(const struct cgroup *cgroup);
 /* grpc.CgroupStats, appended to `out`. */

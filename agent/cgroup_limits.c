@@ -1,6 +1,6 @@
 /* Which number of an OCI description becomes which text in which file of a cgroup. What version 2 has no file for -
- * kernel memory, swappiness, switching the OOM killer off, leaf weights - is passed over, as runc does; a limit for
- * which there is a file must be set, or the container does not run. */
+ * kernel memory, swappiness, switching the OOM killer off, leaf weights - is passed over, as runc does; any other limit
+ * must be set, or the container does not run. */
 #define _GNU_SOURCE
 #include "cgroup.h"
 
@@ -199,6 +199,8 @@ static bool limit_pages(const struct cgroup *cgroup, const struct oci_hugepage_l
         return failure_set(failure, TTRPC_INVALID_ARGUMENT, "%.40s is no size of huge pages, such as 2MB",
                            row->page_size);
     snprintf(file, sizeof file, "hugetlb.%s.max", row->page_size);
+    if (!has(cgroup, file)) /* a kubelet names all sizes that the host has; of what the guest has not nobody uses any */
+        return true;
     if (!put_number(cgroup, file, row->limit, failure))
         return false;
     snprintf(file, sizeof file, "hugetlb.%s.rsvd.max", row->page_size);

@@ -65,12 +65,13 @@ struct container *container_look_up(struct ttrpc_call *call, const char *id)
     return container;
 }
 
-struct container *container_sharing_pids(void)
+struct container *container_with_pids(void)
 {
+    struct container *found = NULL;
     for (struct container *container = containers; container != NULL; container = container->next)
-        if (container->shares_pids && container->first != NULL && container->first->alive)
-            return container;
-    return NULL;
+        if (container->first != NULL && container->first->alive)
+            found = container; /* the oldest: new ones are put in front */
+    return found;
 }
 
 static struct process *find_process(const struct container *container, const char *exec_id)

@@ -29,7 +29,25 @@ static struct process *look_up(struct ttrpc_call *call, const char *container_id
     return container == NULL ? NULL : container_process(call, container, exec_id);
 }
 
-/* A plain kill is about the whole container, whether or not its first process is there to be found. */
+/* The kernel would not give SIGTERM to a namespace's first process that has no handler for it. */
+static int number_for_first(const struct process *first, int number)
+{
+    return number == SIGTERM && process_lacks_handler(first, SIGTERM) ? SIGKILL : number;
+}
+
+/* Whether or not the first process is there to be found. */
+static void signal_all(struct container *container, int number)
+{
+    const struct process *first = container->first;
+    if (number == SIGKILL)
+        container_kill(container);
+    else if (first == NULL || !first->alive)
+        cgroup_signal(&container->cgroup, number, 0, number);
+    else
+        cgroup_signal(&container->cgroup, number, first->child.pid, number_for_first(first, number));
+}
+
+/* No exec id: a runtime that was asked for all processes of the container leaves it out. */
 static enum ttrpc_status signal_process(struct ttrpc_call *call)
 {
     struct signal_process_request request;
@@ -42,16 +60,14 @@ static enum ttrpc_status signal_process(struct ttrpc_call *call)
         return failure_set(&call->failure, TTRPC_INVALID_ARGUMENT, "there is no signal %u", request.signal),
                call->failure.status;
     int number = (int)request.signal;
-    if (request.exec_id[0] == '\0' && number == SIGKILL) {
-        container_kill(container);
+    if (request.exec_id[0] == '\0') {
+        signal_all(container, number);
         return TTRPC_OK;
     }
     const struct process *process = container_process(call, container, request.exec_id);
     if (process == NULL)
         return call->failure.status;
-    if (process == container->first && number == SIGTERM && process_lacks_handler(process, SIGTERM))
-        number = SIGKILL; /* the kernel would not give it to a namespace's first process */
-    if (!process_signal(process, number))
+    if (!process_signal(process, process == container->first ? number_for_first(process, number) : number))
         return failure_errno(&call->failure, "cannot signal the process"), call->failure.status;
     return TTRPC_OK;
 }
@@ -240,8 +256,8 @@ static enum ttrpc_status remove_container(struct ttrpc_call *call)
         return call->failure.status;
     struct container *container = call->memo == 0 ? container_look_up(call, request.container_id)
                                                   : container_with(call->memo);
-    if (container == NULL)
-        return call->failure.status; /* OK when somebody else removed it meanwhile */
+    if (container == NULL || container->state == CONTAINER_FAILED)
+        return call->failure.status; /* OK when it went meanwhile */
     call->memo = container->serial;
     if (call->tries == 0 || !container_is_dead(container))
         container_kill(container);

@@ -55,10 +55,16 @@ static bool check_mounts(const struct oci_spec *spec, struct failure *failure)
     return true;
 }
 
+/* Beside the containers' own directories there are these. */
+static bool is_directory_of_sandbox(const char *id)
+{
+    return strcmp(id, "shared") == 0 || strcmp(id, "sandbox") == 0;
+}
+
 static bool check_request(const struct create_container_request *request, struct failure *failure)
 {
     const struct oci_spec *spec = request->oci;
-    if (!container_valid_id(request->container_id))
+    if (!container_valid_id(request->container_id) || is_directory_of_sandbox(request->container_id))
         return failure_set(failure, TTRPC_INVALID_ARGUMENT, "%.100s is no id of a container", request->container_id);
     if (spec == NULL || spec->linux_ == NULL || spec->root == NULL || spec->process == NULL)
         return bad(failure, "the description of the container lacks OCI, Linux, Root or Process");
@@ -181,7 +187,7 @@ static bool plan_namespace(struct plan *plan, const struct oci_namespace *wanted
 static bool plan_pids(struct plan *plan, const struct container *container, struct failure *failure)
 {
     char path[64];
-    const struct container *other = container->shares_pids ? container_sharing_pids() : NULL;
+    const struct container *other = container->shares_pids ? container_with_pids() : NULL;
     if (other == NULL)
         return true;
     snprintf(path, sizeof path, "/proc/%ld/ns/pid", (long)other->first->child.pid);

@@ -55,8 +55,9 @@ struct container *container_look_up(struct ttrpc_call *call, const char *id);
 /* A process by a call's words, and by call->memo once that is set: a call that waits for a process gets that one. */
 struct process *container_process(struct ttrpc_call *call, struct container *container, const char *exec_id);
 bool container_valid_id(const char *id);
-/* One that holds open the PID namespace which containers share; NULL: none does. */
-struct container *container_sharing_pids(void);
+/* The one whose PID namespace others share, the oldest that lives: a runtime makes a pod's pause container first, and
+ * only of those that come after it says that they share. NULL: nobody is there. */
+struct container *container_with_pids(void);
 /* A new row, all zero but for its id and what is never zero; the failure is told when the table is full. */
 struct container *container_add(const char *id, struct failure *failure);
 /* Nothing of it runs any more: what it holds is given back, the row stays. */

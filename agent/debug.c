@@ -3,6 +3,7 @@
 
 #include "guest.h"
 #include "log.h"
+#include "server.h"
 
 #include <sys/socket.h> /* before vm_sockets.h, which in older headers needs it and does not say so */
 
@@ -38,16 +39,6 @@ static bool parse_port(const char *word, unsigned *port)
     return true;
 }
 
-/* The host, that is: a container that reaches vsock must not get a shell of the guest. */
-static bool is_welcome(const struct sockaddr_storage *peer)
-{
-    struct sockaddr_vm address;
-    if (peer->ss_family != AF_VSOCK)
-        return true; /* a test's unix socket */
-    memcpy(&address, peer, sizeof address);
-    return address.svm_cid == VMADDR_CID_HOST;
-}
-
 static void accept_one(struct watch *watch, uint32_t events)
 {
     struct listener *listener = LOOP_OWNER(watch, struct listener, watch);
@@ -57,7 +48,7 @@ static void accept_one(struct watch *watch, uint32_t events)
     int stream = accept4(watch->fd, (struct sockaddr *)&peer, &size, SOCK_NONBLOCK | SOCK_CLOEXEC);
     if (stream < 0)
         return;
-    if (is_welcome(&peer)) {
+    if (server_is_host(&peer)) {
         listener->accepted(stream);
         return;
     }

@@ -43,8 +43,7 @@ static const struct mount_row base_mounts[] = {
     {"tmpfs", "tmpfs", "/run", MS_NOSUID | MS_NODEV, "mode=0755"},
     /* Always version 2. Kata's agent mounts version 1 unless the kernel was told cgroup_no_v1=all or
      * systemd.unified_cgroup_hierarchy=1, and our kernels could do that: they carry MEMCG_V1 and CPUSETS_V1 for it.
-     * But this agent has no container to put into a cgroup; all it needs is the directory, and 2 is one mount
-     * with every controller, whatever the kernel has of version 1. */
+     * This agent's containers have their limits in version 2 alone. */
     {"cgroup2", "cgroup2", "/sys/fs/cgroup", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RELATIME, "nsdelegate"},
 };
 

@@ -19,7 +19,9 @@
 
 enum {
     PIECE = 256 * 1024, /* what one read gives at most: an answer has to be copied and sent whole */
-    LEFTOVER_MS = 500, /* so long after its end is a terminal's output waited for */
+    /* So long after its end is its output waited for: a runtime asks for the status only when the output has ended, and
+     * a process that it left behind may keep that open. */
+    LEFTOVER_MS = 500,
     FULL_MS = 50, /* a terminal that takes no more does not always say when it does again */
 };
 
@@ -249,31 +251,38 @@ bool process_lacks_handler(const struct process *process, int number)
 
 /* --- what the calls do --- */
 
+/* A failure ends the reading of all of Kata's runtimes. Some take no bytes for none yet, and ask again for ever. */
+static enum ttrpc_status end_of_output(struct ttrpc_call *call)
+{
+    failure_set(&call->failure, TTRPC_INTERNAL, "EOF: the process writes no more");
+    return call->failure.status;
+}
+
 static enum ttrpc_status wait_for_output(struct process *process, struct stream *stream, struct ttrpc_call *call)
 {
     if (process->delivered_at != 0)
-        return TTRPC_OK;
-    if (!process->terminal || process->alive)
+        return end_of_output(call);
+    if (process->alive)
         return ttrpc_later(call, stream, CLOCK_NEVER);
     int64_t last = process->ended_at + LEFTOVER_MS;
-    return clock_ms() >= last ? TTRPC_OK : ttrpc_later(call, stream, last);
+    return clock_ms() >= last ? end_of_output(call) : ttrpc_later(call, stream, last);
 }
 
 enum ttrpc_status process_read(struct process *process, struct stream *stream, size_t size, struct ttrpc_call *call)
 {
     if (stream->watch.fd < 0)
-        return process->state == PROCESS_SETTING_UP ? ttrpc_later(call, process, CLOCK_NEVER) : TTRPC_OK;
+        return process->state == PROCESS_SETTING_UP ? ttrpc_later(call, process, CLOCK_NEVER) : end_of_output(call);
     ssize_t got;
     do
         got = read(stream->watch.fd, piece, size < PIECE ? size : PIECE);
     while (got < 0 && errno == EINTR);
     if (got > 0)
-        wire_put_bytes(&call->reply, 1, (struct span){piece, (size_t)got});
-    else if (got < 0 && errno == EAGAIN)
+        return wire_put_bytes(&call->reply, 1, (struct span){piece, (size_t)got}), TTRPC_OK;
+    if (got < 0 && errno == EAGAIN)
         return wait_for_output(process, stream, call);
-    else if (got < 0 && errno != EIO) /* EIO: nobody has the other end of the terminal open any more */
+    if (got < 0 && errno != EIO) /* EIO: nobody has the other end of the terminal open any more */
         return failure_errno(&call->failure, "cannot read what the process wrote"), call->failure.status;
-    return TTRPC_OK;
+    return end_of_output(call);
 }
 
 static struct stream *input_of(struct process *process)
@@ -291,15 +300,17 @@ enum ttrpc_status process_write(struct process *process, struct span data, struc
     if (stream->watch.fd < 0)
         return failure_set(&call->failure, TTRPC_FAILED_PRECONDITION, "the standard input of the process is closed"),
                call->failure.status;
-    ssize_t wrote;
-    do
-        wrote = write(stream->watch.fd, data.data, data.size);
-    while (wrote < 0 && errno == EINTR);
-    if (wrote < 0 && errno == EAGAIN)
-        return ttrpc_later(call, stream, process->terminal ? clock_ms() + FULL_MS : CLOCK_NEVER);
-    if (wrote < 0)
-        return failure_errno(&call->failure, "cannot write to the process"), call->failure.status;
-    wire_put_uint(&call->reply, 1, (uint64_t)wrote);
+    /* All of it, as Kata's agent does: its runtime takes a part for an error and gives up the input. */
+    while (call->done < data.size) {
+        ssize_t wrote = write(stream->watch.fd, data.data + call->done, data.size - call->done);
+        if (wrote > 0)
+            call->done += (size_t)wrote;
+        else if (wrote == 0 || errno == EAGAIN)
+            return ttrpc_later(call, stream, process->terminal ? clock_ms() + FULL_MS : CLOCK_NEVER);
+        else if (errno != EINTR)
+            return failure_errno(&call->failure, "cannot write to the process"), call->failure.status;
+    }
+    wire_put_uint(&call->reply, 1, data.size);
     return TTRPC_OK;
 }
 

@@ -388,8 +388,30 @@ static bool somebody_waits(const struct endpoint *listener)
     return poll(&state, 1, 0) == 1;
 }
 
+/* A container reaches vsock too, and with vsock_loopback us: who may call may do everything. */
+bool server_is_host(const struct sockaddr_storage *peer)
+{
+    struct sockaddr_vm address;
+    if (peer->ss_family != AF_VSOCK)
+        return true; /* a test's unix socket */
+    memcpy(&address, peer, sizeof address);
+    return address.svm_cid == VMADDR_CID_HOST;
+}
+
+static void welcome(int fd)
+{
+    struct endpoint *added = add_stream(SOCKET, fd);
+    if (added == NULL) {
+        warn("cannot keep a connection");
+        close(fd);
+    } else {
+        added->heard_at = clock_ms();
+    }
+}
+
 static void accept_all(struct endpoint *listener)
 {
+    struct sockaddr_storage peer = {0};
     listener->again = false;
     listener->crowded = false;
     for (;;) {
@@ -401,7 +423,8 @@ static void accept_all(struct endpoint *listener)
                 return;
             }
         }
-        int fd = accept4(listener->watch.fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        socklen_t size = sizeof peer;
+        int fd = accept4(listener->watch.fd, (struct sockaddr *)&peer, &size, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (fd < 0 && (errno == EINTR || errno == ECONNABORTED))
             continue;
         if (fd < 0) {
@@ -409,12 +432,11 @@ static void accept_all(struct endpoint *listener)
                 warn("cannot accept a connection");
             return;
         }
-        struct endpoint *added = add_stream(SOCKET, fd);
-        if (added == NULL) {
-            warn("cannot keep a connection");
-            close(fd);
+        if (server_is_host(&peer)) {
+            welcome(fd);
         } else {
-            added->heard_at = clock_ms();
+            LOG(LOG_WARN, SUBSYSTEM, "somebody who is not the host was turned away");
+            close(fd);
         }
     }
 }

@@ -4,6 +4,8 @@
 
 #include <stdbool.h>
 
+struct sockaddr_storage;
+
 /* Block and collect the signals the loop wants to hear of; false when the kernel will not let us. */
 bool server_begin(void);
 bool server_listen_unix(const char *path);
@@ -13,5 +15,8 @@ bool server_listen_vsock(void);
 void server_watch_ports(void);
 /* Serve until DestroySandbox was answered and the answer has had time to arrive, or until SIGTERM. */
 void server_run(void);
+
+/* On vsock: a kernel that has its loopback carries also what containers say. They must get no answer. */
+bool server_is_host(const struct sockaddr_storage *peer);
 
 #endif

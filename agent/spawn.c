@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdint.h>
@@ -15,6 +16,7 @@
 #include <unistd.h>
 
 enum {
+    HELPER_MS = 5000, /* a busy emulator takes its time for what takes a millisecond */
     MOST_FILES = 16384, /* a thousand containers and a thousand processes have up to five descriptors each */
     PIPE_SIZE = 256 * 1024, /* of output: it is fetched in pieces as large, and each costs a call */
 };
@@ -85,6 +87,45 @@ static pid_t split_hidden(int namespaces)
     return pid;
 }
 
+/* The number of the process that a helper made; -1 and the failure, which the helper told by the channel. It waits for
+ * nothing but the kernel, and not in the container's cgroup. */
+static pid_t hear_number(int numbers, pid_t helper, int channel, struct failure *failure)
+{
+    struct pollfd heard = {.fd = numbers, .events = POLLIN};
+    pid_t pid = -1;
+    int unused;
+    while (poll(&heard, 1, HELPER_MS) < 0 && errno == EINTR)
+        ;
+    if ((heard.revents & POLLIN) != 0 && read(numbers, &pid, sizeof pid) != sizeof pid)
+        pid = -1;
+    if (pid < 0 && spawn_hear(channel, &unused, failure) != SPAWN_FAILED)
+        failure_set(failure, TTRPC_INTERNAL, "a process that joins the container did not come about");
+    if (pid < 0)
+        kill(helper, SIGKILL); /* the loop collects it */
+    return pid;
+}
+
+/* A process for a container that runs. Who may trace there can look into it from its first moment on: so it is born
+ * inside, of a helper that has gone there before, and has no descriptor of the guest's. */
+static pid_t split_inside(const struct plan *plan, struct spawned_files *files, int channel, struct failure *failure)
+{
+    int numbers[2];
+    pid_t pid = -1;
+    if (pipe2(numbers, O_CLOEXEC) != 0)
+        return failure_errno(failure, "cannot make pipes for a process"), -1;
+    files->numbers = numbers[1];
+    pid_t helper = split_hidden(0);
+    if (helper == 0)
+        spawned_join(plan, files);
+    if (helper < 0)
+        failure_errno(failure, "cannot start a process");
+    close(numbers[1]);
+    if (helper > 0)
+        pid = hear_number(numbers[0], helper, channel, failure);
+    close(numbers[0]);
+    return pid;
+}
+
 /* Whose PID namespace it is goes by this process's setting at that moment: with one thread nobody comes between. */
 static pid_t split_into(int pids)
 {
@@ -113,19 +154,26 @@ static struct rlimit allow_files(void)
     return before;
 }
 
+static pid_t split_first(const struct plan *plan, const struct spawned_files *files, struct failure *failure)
+{
+    pid_t pid = plan->pids < 0 ? split_hidden(CLONE_NEWPID) : split_into(plan->pids);
+    if (pid == 0)
+        spawned_main(plan, files);
+    if (pid < 0)
+        failure_errno(failure, SPAWN_NO_SPLIT(errno));
+    return pid;
+}
+
 bool spawn(const struct plan *plan, struct spawned *spawned, struct failure *failure)
 {
     struct pipes pipes;
     struct rlimit limit = allow_files();
     if (!open_pipes(&pipes, plan->process->terminal))
         return failure_errno(failure, "cannot make pipes for a process");
-    pid_t pid = plan->pids < 0 ? split_hidden(CLONE_NEWPID) : split_into(plan->pids);
-    if (pid == 0)
-        spawned_main(plan, &(struct spawned_files){pipes.in[0], pipes.out[1], pipes.err[1], pipes.channel[1], limit});
+    struct spawned_files files = {pipes.in[0], pipes.out[1], pipes.err[1], pipes.channel[1], -1, limit};
+    pid_t pid = plan->spec != NULL ? split_first(plan, &files, failure)
+                                   : split_inside(plan, &files, pipes.channel[0], failure);
     if (pid < 0) {
-        /* What the kernel says when the namespace's first process has ended. */
-        failure_errno(failure, errno == ENOMEM ? "cannot start a process: its PID namespace may have ended"
-                                               : "cannot start a process");
         close_pipes(&pipes);
         return false;
     }

@@ -31,7 +31,7 @@
 enum {
     CLOSE_ON_EXEC = 4, /* CLOSE_RANGE_CLOEXEC */
     FAILED_STATUS = 127, /* as a shell's for a command that is not there */
-    KEPT = SPAWN_JOINS + 4,
+    KEPT = SPAWN_JOINS + 5,
 };
 
 /* --- reports --- */
@@ -98,8 +98,8 @@ static void close_others(int kept[], size_t count)
 
 static bool take_files(const struct plan *plan, const struct spawned_files *files)
 {
-    int kept[KEPT] = {files->channel, plan->cgroup->directory, plan->leader, -1};
-    size_t count = 4;
+    int kept[KEPT] = {files->channel, plan->cgroup->directory, plan->leader, plan->pids, files->numbers};
+    size_t count = 5;
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
     const int wanted[] = {files->in, files->out, files->err};
     if (null < 0)
@@ -115,14 +115,18 @@ static bool take_files(const struct plan *plan, const struct spawned_files *file
 
 /* --- the way into the container --- */
 
-static bool enter_cgroup(const struct cgroup *cgroup, struct failure *failure)
+static int open_cgroup(const struct cgroup *cgroup, struct failure *failure)
 {
     int file = openat(cgroup->directory, "cgroup.procs", O_WRONLY | O_CLOEXEC);
-    bool entered = file >= 0 && write(file, "0", 1) == 1;
-    if (!entered)
-        failure_errno(failure, "cannot enter the container's cgroup");
-    if (file >= 0)
-        close(file);
+    if (file < 0)
+        failure_errno(failure, "cannot open the container's cgroup");
+    return file;
+}
+
+static bool enter_cgroup(int file, struct failure *failure)
+{
+    bool entered = write(file, "0", 1) == 1 || failure_errno(failure, "cannot enter the container's cgroup");
+    close(file);
     return entered;
 }
 
@@ -160,7 +164,8 @@ static bool open_root(int *root, struct failure *failure)
 static bool become_first(const struct plan *plan, int *root, struct failure *failure)
 {
     const struct oci_hooks *hooks = plan->spec->hooks;
-    if (!enter_cgroup(plan->cgroup, failure) || !enter_namespaces(plan, failure))
+    int cgroup = open_cgroup(plan->cgroup, failure);
+    if (cgroup < 0 || !enter_cgroup(cgroup, failure) || !enter_namespaces(plan, failure))
         return false;
     int mount = rootfs_build(plan->spec, plan->devices, plan->device_count, failure);
     if (mount < 0)
@@ -176,16 +181,6 @@ static bool become_first(const struct plan *plan, int *root, struct failure *fai
         return false;
     close(mount);
     return settings_apply(&plan->spec->linux_->sysctl, plan->process->oom_score_adj, failure);
-}
-
-static bool join(const struct plan *plan, int *root, struct failure *failure)
-{
-    const int all = CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWNET | CLONE_NEWCGROUP;
-    if (!enter_cgroup(plan->cgroup, failure))
-        return false;
-    if (setns(plan->leader, all) != 0)
-        return failure_errno(failure, "cannot join the container's namespaces");
-    return open_root(root, failure) && settings_apply(NULL, plan->process->oom_score_adj, failure);
 }
 
 /* --- the program's surroundings --- */
@@ -360,22 +355,24 @@ static bool run_program(const struct plan *plan, const struct identity *identity
 
 /* --- all of it --- */
 
-static bool prepare(const struct plan *plan, const struct spawned_files *files, int *root, struct identity *identity,
-                    struct failure *failure)
+static bool leave_agent(const struct plan *plan, const struct spawned_files *files, struct failure *failure)
 {
-    int master = -1;
     child_reset_signals();
     log_to(-1, false); /* by its number it may be anything from here on */
     umask(0022);
     setrlimit(RLIMIT_NOFILE, &files->limit);
     /* Keys of the guest and of other containers are not its own; a kernel may know no keys. */
     syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL);
-    if (setsid() < 0 || !take_files(plan, files))
-        return failure_errno(failure, "cannot set up a process");
-    if (!(plan->spec != NULL ? become_first(plan, root, failure) : join(plan, root, failure)) ||
-        !identity_resolve(*root, plan->process->user, plan->user, identity, failure))
+    return take_files(plan, files) || failure_errno(failure, "cannot set up a process");
+}
+
+static bool prepare(const struct plan *plan, const struct spawned_files *files, int root, struct identity *identity,
+                    struct failure *failure)
+{
+    int master = -1;
+    if (!identity_resolve(root, plan->process->user, plan->user, identity, failure))
         return false;
-    if (plan->process->terminal && !take_terminal(plan, *root, identity, &master, failure))
+    if (plan->process->terminal && !take_terminal(plan, root, identity, &master, failure))
         return false;
     own_pipes(identity);
     if (!send_report(files->channel, &(struct spawned_report){.ready = true}, master))
@@ -385,21 +382,73 @@ static bool prepare(const struct plan *plan, const struct spawned_files *files, 
     return true;
 }
 
+static _Noreturn void become_program(const struct plan *plan, const struct spawned_files *files, int root,
+                                     const struct identity *identity)
+{
+    struct failure failure = {0};
+    if (become_user(plan, root, identity, &failure))
+        run_program(plan, identity, &failure);
+    fail(files->channel, &failure);
+}
+
 _Noreturn void spawned_main(const struct plan *plan, const struct spawned_files *files)
 {
     struct failure failure = {0};
     struct identity identity;
     int root = -1;
-    if (!prepare(plan, files, &root, &identity, &failure))
+    const struct oci_hooks *hooks = plan->spec->hooks;
+    setsid();
+    if (!leave_agent(plan, files, &failure) || !become_first(plan, &root, &failure) ||
+        !prepare(plan, files, root, &identity, &failure))
         fail(files->channel, &failure);
-    if (plan->spec != NULL) {
-        const struct oci_hooks *hooks = plan->spec->hooks;
-        wait_for_go(files->channel);
-        if (hooks != NULL && !run_hooks(plan, hooks->start_container.items, hooks->start_container.count, "created",
-                                        &failure))
-            fail(files->channel, &failure);
+    wait_for_go(files->channel);
+    if (hooks != NULL &&
+        !run_hooks(plan, hooks->start_container.items, hooks->start_container.count, "created", &failure))
+        fail(files->channel, &failure);
+    become_program(plan, files, root, &identity);
+}
+
+static _Noreturn void go_on_inside(const struct plan *plan, const struct spawned_files *files, int root, int cgroup)
+{
+    struct failure failure = {0};
+    struct identity identity;
+    close(files->numbers);
+    setsid();
+    if (!enter_cgroup(cgroup, &failure) || !settings_apply(NULL, plan->process->oom_score_adj, &failure) ||
+        !prepare(plan, files, root, &identity, &failure))
+        fail(files->channel, &failure);
+    become_program(plan, files, root, &identity);
+}
+
+/* What leads out of the container is closed before anybody is born in its PID namespace. The cgroup is entered there
+ * alone: it may be frozen, and the agent waits for this helper. */
+static bool join(const struct plan *plan, int *root, int *cgroup, struct failure *failure)
+{
+    const int all = CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWNET | CLONE_NEWCGROUP;
+    *cgroup = open_cgroup(plan->cgroup, failure);
+    if (*cgroup < 0)
+        return false;
+    if (setns(plan->leader, all) != 0 || setns(plan->pids, CLONE_NEWPID) != 0)
+        return failure_errno(failure, "cannot join the container's namespaces");
+    close(plan->cgroup->directory);
+    close(plan->leader);
+    close(plan->pids);
+    return open_root(root, failure);
+}
+
+_Noreturn void spawned_join(const struct plan *plan, const struct spawned_files *files)
+{
+    struct failure failure = {0};
+    int root = -1;
+    int cgroup = -1;
+    if (!leave_agent(plan, files, &failure) || !join(plan, &root, &cgroup, &failure))
+        fail(files->channel, &failure);
+    pid_t pid = (pid_t)syscall(SYS_clone, (long)(CLONE_PARENT | SIGCHLD), 0L, 0L, 0L, 0L); /* the agent's child */
+    if (pid == 0)
+        go_on_inside(plan, files, root, cgroup);
+    if (pid < 0) {
+        failure_errno(&failure, SPAWN_NO_SPLIT(errno));
+        fail(files->channel, &failure);
     }
-    if (become_user(plan, root, &identity, &failure))
-        run_program(plan, &identity, &failure);
-    fail(files->channel, &failure);
+    _exit(write(files->numbers, &pid, sizeof pid) == sizeof pid ? 0 : FAILED_STATUS);
 }

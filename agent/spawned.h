@@ -11,6 +11,7 @@ struct spawned_files { /* the child's ends; -1 where there is none */
     int out;
     int err;
     int channel;
+    int numbers; /* a helper tells here whom it made; -1: there is no helper */
     struct rlimit limit; /* of open files, as it was before the agent needed more */
 };
 
@@ -19,6 +20,13 @@ struct spawned_report {
     struct failure failure;
 };
 
+/* What errno is when the first process of the namespace has ended. */
+#define SPAWN_NO_SPLIT(number) \
+    ((number) == ENOMEM ? "cannot start a process: its PID namespace may have ended" : "cannot start a process")
+
+/* The first process of a container. */
 _Noreturn void spawned_main(const struct plan *plan, const struct spawned_files *files);
+/* The helper that makes all others, and these. */
+_Noreturn void spawned_join(const struct plan *plan, const struct spawned_files *files);
 
 #endif

@@ -18,6 +18,7 @@
 #define FSGID "fsgid=" /* Kata's own, among the options */
 #define MODE "mode="
 #define KATA "io.katacontainers."
+#define SHARED "/run/kata-containers/shared/containers"
 
 static bool has_prefix(const char *text, const char *prefix)
 {
@@ -214,12 +215,49 @@ static bool make_local(const struct storage_driver *driver, const struct storage
     return (mode < 0 && group < 0) || volume_give_directory(request->place, mode, group, failure);
 }
 
+/* ConfigMaps, Secrets and tokens of Kubernetes. The share they come on tells nobody of changes, and may be read-only:
+ * runtimes name a place in a directory of it that is the agent's to cover with a filesystem of its own. */
+static bool cover_watchable(const char *place, struct failure *failure)
+{
+    static const char *const covered[] = {SHARED "/watchable", SHARED "/passthrough/watchable"};
+    for (size_t i = 0; i < sizeof covered / sizeof covered[0]; i++) {
+        struct stat share;
+        struct stat status;
+        bool made;
+        if (!place_is_below(place, covered[i]))
+            continue;
+        int directory = place_make(covered[i], 0755, &made);
+        bool done = directory >= 0 && fstat(directory, &status) == 0 && stat(SHARED, &share) == 0;
+        if (done && status.st_dev == share.st_dev)
+            done = mount("tmpfs", place_name(directory).text, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755") == 0;
+        if (!done)
+            failure_errno(failure, "cannot cover %s", covered[i]);
+        if (directory >= 0)
+            close(directory);
+        return done;
+    }
+    return true;
+}
+
+/* Kata's agent copies what is small and looks every two seconds whether it changed, so that inotify tells of it; what
+ * is large it binds, as we do all of it: changes are seen by whoever reads again. */
+static enum ttrpc_status find_watchable(struct storage_request *request, struct failure *failure)
+{
+    if (!is_bind(request->storage))
+        failure_set(failure, TTRPC_INVALID_ARGUMENT, "watchable storage is bound, and no %.60s",
+                    request->storage->fstype);
+    else
+        cover_watchable(request->place, failure);
+    return failure->status;
+}
+
 /* --- devices --- */
 
 static enum ttrpc_status find_block(struct storage_request *request, struct failure *failure)
 {
     struct device_node node;
-    if (is_bind(request->storage))
+    /* A runtime binds the device's node as well: a container is to have the disk, not what is on it. */
+    if (is_bind(request->storage) && *request->source == '/' && !place_is_below(request->source, "/dev"))
         return TTRPC_OK;
     enum ttrpc_status status = device_find(request->storage->driver, request->storage->source, &node, failure);
     if (status == TTRPC_OK)
@@ -237,12 +275,13 @@ const struct storage_driver storage_drivers[] = {
     {"overlayfs", "overlay", true, false, NULL, overlay_mount, overlay_clean},
     {DEVICE_SCSI, "", true, false, find_block, mount_usual, NULL},
     {"virtio-fs", "virtiofs", true, false, NULL, mount_usual, NULL},
+    {"watchable-bind", "", true, false, find_watchable, mount_usual, NULL},
     {NULL, NULL, false, false, NULL, NULL, NULL},
 };
 
 const char *const storage_handlers[] = {
     "9p",          DEVICE_BLK,  "ephemeral", "local", DEVICE_MMIOBLK, DEVICE_NVDIMM,
-    "overlayfs",   DEVICE_SCSI, "virtio-fs", NULL,
+    "overlayfs",   DEVICE_SCSI, "virtio-fs", "watchable-bind", NULL,
 };
 
 const struct storage_driver *storage_driver(const char *name)

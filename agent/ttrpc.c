@@ -24,6 +24,7 @@ enum {
     BUDGET = 12 * 1024 * 1024,
     SMALL = TTRPC_PIECE,
     MOST_WAITING = 4096, /* calls */
+    SMALL_WAITING = 1024, /* the request of one that waits without asking for room: 4 MiB are all of them together */
     LONGEST_QUOTED = 100, /* of a name that a host sent, in an answer */
 };
 
@@ -288,7 +289,8 @@ static int64_t deadline_of(const struct ttrpc_call *call, uint64_t timeout_nano)
 static bool keep_waiting(struct ttrpc_peer *peer, uint32_t stream, ttrpc_method *method, int64_t deadline,
                          const struct ttrpc_call *call)
 {
-    if (waiting_count == MOST_WAITING || (call->request.size > SMALL && buffer_held() + call->request.size > BUDGET))
+    if (waiting_count == MOST_WAITING ||
+        (call->request.size > SMALL_WAITING && buffer_held() + call->request.size > BUDGET))
         return false;
     struct waiting *waiting = malloc(sizeof *waiting);
     if (waiting == NULL)

@@ -48,6 +48,7 @@ struct ttrpc_call {
     unsigned tries; /* there were before this one */
     int64_t since; /* clock_ms when it came */
     uint64_t memo; /* the method's own, kept between tries; nothing is done with it when the caller goes away */
+    size_t done; /* as `memo`: how far it got */
     const void *subject; /* an address, never looked into */
     int64_t again_at; /* CLOCK_NEVER unless the method says so */
 };

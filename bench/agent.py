@@ -28,8 +28,9 @@ from osbuild.ttrpc import CallTimeout, Connection, connect_unix
 from tests.agent_guest import contained
 
 SECONDS = 60.0
-CHECKS = 1000
-MEGABYTES = 64
+CHECKS = 500
+MEGABYTES = 16
+GUEST_MEGABYTES = 2  # an emulated guest takes a second for each
 STARTS = 20
 
 
@@ -63,7 +64,7 @@ def start(program: Path) -> float:
 def measure_process(program: Path, work: Path, rounds: int) -> list[dict[str, object]]:
     """Over a unix socket, in namespaces of its own; containers are made of this machine's programs."""
     with contained(program, work / "agent.log") as (client, _):
-        return measure_calls("unix socket", client, rounds)
+        return measure_calls("unix socket", client, rounds, MEGABYTES)
 
 
 def measure_guest(transport: str, work: Path, rounds: int) -> list[dict[str, object]]:
@@ -75,18 +76,20 @@ def measure_guest(transport: str, work: Path, rounds: int) -> list[dict[str, obj
         client = AgentClient(connection)
         client.wait(SECONDS)
         memory = rss(parse_metrics(client.metrics())) / 1024
+        if transport != "serial":  # long answers get stuck there: see osbuild.runtime.channel
+            return [row(f"Check, emulated guest, {transport}", [checks(client) for _ in range(rounds)], "calls/s")]
         return [
             row(f"resident in a guest, {transport}", [memory], "KiB"),
-            *measure_calls(f"emulated guest, {transport}", client, rounds),
+            *measure_calls(f"emulated guest, {transport}", client, rounds, GUEST_MEGABYTES),
         ]
 
 
-def measure_calls(where: str, client: AgentClient, rounds: int) -> list[dict[str, object]]:
+def measure_calls(where: str, client: AgentClient, rounds: int, size: int) -> list[dict[str, object]]:
     """Round trips and bytes a second, one caller."""
     client.create_sandbox("bench")
     return [
         row(f"Check, {where}", [checks(client) for _ in range(rounds)], "calls/s"),
-        row(f"ReadStdout, {where}", [megabytes(client, number) for number in range(rounds)], "MB/s"),
+        row(f"ReadStdout, {where}", [megabytes(client, number, size) for number in range(rounds)], "MB/s"),
     ]
 
 
@@ -97,18 +100,18 @@ def checks(client: AgentClient) -> float:
     return CHECKS / (time.monotonic() - began)
 
 
-def megabytes(client: AgentClient, number: int) -> float:
+def megabytes(client: AgentClient, number: int, size: int) -> float:
     """A container that writes as fast as it is read."""
-    script = f"read line; exec head -c {MEGABYTES * 1000000} /dev/zero"
+    script = f"read line; exec head -c {size * 1000000} /dev/zero"
     spec = ContainerSpec(id=f"bench-{number}", process=ProcessSpec(args=("/bin/sh", "-c", script)))
     with running(client, spec) as process:
         began = time.monotonic()
         process.write(b"\n")
         found = process.wait(SECONDS * 5)
         took = time.monotonic() - began
-    if len(found.stdout) != MEGABYTES * 1000000:
-        raise SystemExit(f"bench: {len(found.stdout)} bytes of {MEGABYTES} MB came")
-    return MEGABYTES / took
+    if len(found.stdout) != size * 1000000:
+        raise SystemExit(f"bench: {len(found.stdout)} bytes of {size} MB came")
+    return size / took
 
 
 def connect(guest: Guest) -> Connection:

@@ -25,7 +25,7 @@ from osbuild.agent_values import (
     Storage,
 )
 from osbuild.container import ContainerSpec, ProcessSpec, Resources
-from osbuild.ttrpc import ProtocolError, decode
+from osbuild.ttrpc import Code, ProtocolError, StatusError, decode
 
 __all__ = ["AGENT", "HEALTH", "AgentClient", "AgentDetails", "AgentVersion", "Caller", "GuestDetails"]
 
@@ -35,6 +35,7 @@ SECONDS: Final = 60.0  # what Kata's runtime gives a call it has no other opinio
 HEALTH_SECONDS: Final = 30.0  # and a health check
 READ_BYTES: Final = 64 << 10  # what a pipe holds
 _AGAIN_SECONDS: Final = 0.25  # a question put before the guest's driver was there may be lost
+_ENDS: Final = ("eof", "os error 5")  # EIO: nobody has the other end of the terminal open any more
 _NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -189,12 +190,12 @@ class AgentClient:
         self, container: str, exec_id: str = "", *, size: int = READ_BYTES, seconds: float = SECONDS
     ) -> bytes:
         """At most `size` bytes, at least one; none at the end."""
-        return bytes(self._ask("ReadStdout", seconds, container_id=container, exec_id=exec_id, len=size).data)
+        return self._read("ReadStdout", seconds, container_id=container, exec_id=exec_id, len=size)
 
     def read_stderr(
         self, container: str, exec_id: str = "", *, size: int = READ_BYTES, seconds: float = SECONDS
     ) -> bytes:
-        return bytes(self._ask("ReadStderr", seconds, container_id=container, exec_id=exec_id, len=size).data)
+        return self._read("ReadStderr", seconds, container_id=container, exec_id=exec_id, len=size)
 
     def write_stdin(self, container: str, data: bytes, exec_id: str = "", *, seconds: float = SECONDS) -> int:
         """How many of the bytes were taken. No bytes at all close it, so `data` must not be empty."""
@@ -217,6 +218,15 @@ class AgentClient:
 
     def _ask(self, method: str, seconds: float, **fields: Any) -> Any:
         return self._call(AGENT, method, seconds=seconds, fields=fields)
+
+    def _read(self, method: str, seconds: float, **fields: Any) -> bytes:
+        """To Kata's agent the end of a stream is a failure, and that of a terminal the one its read ended with."""
+        try:
+            return bytes(self._ask(method, seconds, **fields).data)
+        except StatusError as problem:
+            if problem.code == Code.INTERNAL and any(word in problem.message.lower() for word in _ENDS):
+                return b""
+            raise
 
     def _serves(self, seconds: float, *, every: float = math.inf) -> bool:
         answer = self._call(HEALTH, "Check", seconds=seconds, every=every)

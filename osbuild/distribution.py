@@ -16,7 +16,7 @@ from osbuild import oci
 from osbuild.authorization import Authorizer
 from osbuild.blobs import Fetch
 from osbuild.errors import InputError, OsbuilderError
-from osbuild.spec import RegistrySpec
+from osbuild.registry_spec import RegistrySpec
 from osbuild.transport import Answer, TransientError, Tries, Web, parse_url
 
 _HUB_ADDRESS: Final = "registry-1.docker.io"  # where docker.io is

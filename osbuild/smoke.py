@@ -21,7 +21,8 @@ from osbuild.agent_binary import UNKNOWN
 from osbuild.agent_client import AgentClient
 from osbuild.artifacts import DiskImage, Initrd
 from osbuild.errors import SpecError
-from osbuild.findings import Unclear, Wrong
+from osbuild.findings import Unclear as Unclear
+from osbuild.findings import Wrong as Wrong
 from osbuild.report import Call, Cause, Check, SmokeReport, Verdict, printable, tail
 from osbuild.runtime import RUNTIMES
 from osbuild.runtime.base import Guest, Machine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -15,6 +15,7 @@ from osbuild.filesystem import FILESYSTEMS, Room
 from osbuild.initrd import COMPRESSIONS
 from osbuild.nvdimm_image import ALIGN, FORMATS, Layout, check_align
 from osbuild.oci import Platform
+from osbuild.registry_spec import RegistrySpec as RegistrySpec
 from osbuild.tar import Limits
 from osbuild.tree import quote
 
@@ -52,17 +53,6 @@ class GuestSpec:
             raise SpecError(f"no guest boots in {self.memory_mib} MiB", hint=f"at least {_LEAST_MIB}, or 0 for enough")
         if self.cpus < 1:
             raise SpecError(f"a guest cannot have {self.cpus} processors", hint="1 or more")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RegistrySpec:
-    """How registries are to be reached."""
-
-    mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # registry host -> mirrors to try before it
-    insecure: frozenset[str] = frozenset()  # HOST[:PORT]s that may be spoken to over plain HTTP, besides loopback
-    auth_file: Path | None = None  # instead of $DOCKER_CONFIG/config.json or ~/.docker/config.json
-    offline: bool = False  # the cache only
-    seconds: float = 1800.0  # for a whole pull
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ import urllib3.exceptions as trouble
 
 import osbuild
 from osbuild.errors import HostError, InputError
-from osbuild.spec import RegistrySpec
+from osbuild.registry_spec import RegistrySpec
 from osbuild.tree import quote
 
 DOCKER_CERTIFICATES: Final = Path("/etc/docker/certs.d")  # HOST[:PORT]/*.crt: authorities for one registry

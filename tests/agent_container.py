@@ -115,10 +115,8 @@ class Containers:
 
     def read(self, name: str, exec_id: str = "", *, method: str = "ReadStdout", size: int = 1 << 16) -> bytes:
         """All that it writes."""
-        whole = bytearray()
-        while data := self.call(method, container_id=name, exec_id=exec_id, len=size).data:
-            whole += data
-        return bytes(whole)
+        read = self.client.read_stdout if method == "ReadStdout" else self.client.read_stderr
+        return b"".join(iter(lambda: read(name, exec_id, size=size), b""))
 
     def wait(self, name: str, exec_id: str = "") -> int:
         return int(self.call("WaitProcess", container_id=name, exec_id=exec_id).status)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -109,14 +108,13 @@ class MadeUp:
 
 def main() -> None:
     backing = MadeUp(*BOMBS[sys.argv[1]])
-    began = time.monotonic()
+    began = time.process_time()
     refusal = ""
     try:
         flatten([Layer(spool=backing, offset=0, size=backing.size, diff_id="sha256:0")], Limits())
     except InputError as refused:
         refusal = str(refused)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    json.dump({"refusal": refusal, "peak": peak, "seconds": time.monotonic() - began}, sys.stdout)
+    json.dump({"refusal": refusal, "seconds": time.process_time() - began}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -539,6 +539,17 @@ def test_thirty_one_half_frames_take_less_than_twenty_mebibytes(tmp_path: Path) 
         assert agent.peak_kib() < 20 * 1024
 
 
+def test_calls_that_wait_do_not_take_more_than_the_budget_however_many_they_are(client: Client) -> None:
+    unknown = text(1000, b"x" * 60_000)  # the agent skips the field, and keeps the request until there is an answer
+    streams = range(1, 601, 2)
+    for stream in streams:
+        client.send(request(stream, "grpc.AgentService", "GetOOMEvent", unknown))
+    client.send(check(9001))
+    answers = list(iter(client.answer, Answer(stream=9001, code=OK, message="", payload=b"\x08\x01")))
+    assert {answer.code for answer in answers} == {RESOURCE_EXHAUSTED}
+    assert len(streams) - len(answers) in range(150, 200)  # of 64 KiB each: 12 MiB
+
+
 def test_a_frame_that_takes_too_long_ends_its_connection_and_no_other(tmp_path: Path) -> None:
     impatient = compile_agent(tmp_path / "impatient", "-DAGENT_HALF_FRAME_MS=200")
     with running(impatient, tmp_path / "log") as agent, agent.connect() as idle, agent.connect() as slow:

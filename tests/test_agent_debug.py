@@ -19,6 +19,8 @@ import pytest
 
 from osbuild import command, ttrpc
 from osbuild.agent_client import AgentClient
+from osbuild.artifacts import Initrd, Kernel
+from tests.agent_guest import booted
 
 _SECONDS: Final = 20.0
 _LARGEST_LOG: Final = 64 * 1024  # debug_log.c's MOST
@@ -56,7 +58,7 @@ def debugged(program: Path, output: Path, *, wait: bool = True) -> Iterator[Debu
 
 
 @pytest.fixture
-def agent(sanitized_agent: Path, tmp_path: Path) -> Iterator[Debugged]:
+def running(sanitized_agent: Path, tmp_path: Path) -> Iterator[Debugged]:
     with debugged(sanitized_agent, tmp_path / "output.log") as found:
         yield found
 
@@ -64,7 +66,11 @@ def agent(sanitized_agent: Path, tmp_path: Path) -> Iterator[Debugged]:
 def connect(path: Path) -> socket.socket:
     stream = socket.socket(socket.AF_UNIX)
     stream.settimeout(_SECONDS)
-    stream.connect(str(path))
+    try:
+        stream.connect(str(path))
+    except OSError:
+        stream.close()
+        raise
     return stream
 
 
@@ -84,8 +90,8 @@ def lines_of(stream: socket.socket, *, until: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def descriptors(agent: Debugged) -> int:
-    return len(list(Path(f"/proc/{agent.pid}/fd").iterdir()))
+def descriptors(running: Debugged) -> int:
+    return len(list(Path(f"/proc/{running.pid}/fd").iterdir()))
 
 
 def eventually(expected: Any, measure: Any) -> None:
@@ -98,8 +104,8 @@ def eventually(expected: Any, measure: Any) -> None:
 # --- the console ---
 
 
-def test_a_connection_is_a_shell_on_a_terminal_of_its_own(agent: Debugged) -> None:
-    with connect(agent.console) as console:
+def test_a_connection_is_a_shell_on_a_terminal_of_its_own(running: Debugged) -> None:
+    with connect(running.console) as console:
         console.sendall(b"tty; stty size; id -u\n")
         said = read_until(console, b"\r\n0\r\n")
         console.sendall(b"exit\n")
@@ -109,8 +115,8 @@ def test_a_connection_is_a_shell_on_a_terminal_of_its_own(agent: Debugged) -> No
     assert b"24 80" in said
 
 
-def test_what_a_shell_has_said_is_not_lost_when_it_ends(agent: Debugged) -> None:
-    with connect(agent.console) as console:
+def test_what_a_shell_has_said_is_not_lost_when_it_ends(running: Debugged) -> None:
+    with connect(running.console) as console:
         console.sendall(b"exec seq 1 20000\n")
         said = b""
         while piece := console.recv(65536):
@@ -118,8 +124,8 @@ def test_what_a_shell_has_said_is_not_lost_when_it_ends(agent: Debugged) -> None
     assert said.endswith(b"\r\n20000\r\n")
 
 
-def test_a_host_that_ends_its_input_gets_the_answer(agent: Debugged) -> None:
-    with connect(agent.console) as console:
+def test_a_host_that_ends_its_input_gets_the_answer(running: Debugged) -> None:
+    with connect(running.console) as console:
         console.sendall(b"sleep 0.2; echo don''e; exit\n")
         console.shutdown(socket.SHUT_WR)
         said = b""
@@ -128,25 +134,25 @@ def test_a_host_that_ends_its_input_gets_the_answer(agent: Debugged) -> None:
     assert b"done\r\n" in said
 
 
-def test_a_host_that_leaves_takes_its_shell_and_its_descriptors_along(agent: Debugged) -> None:
-    before = descriptors(agent)
-    with connect(agent.console) as console:
+def test_a_host_that_leaves_takes_its_shell_and_its_descriptors_along(running: Debugged) -> None:
+    before = descriptors(running)
+    with connect(running.console) as console:
         console.sendall(b"trap '' HUP; echo pi''d=$$\n")
         read_until(console, b"pid=")
-        assert descriptors(agent) == before + 2
-    eventually(before, lambda: descriptors(agent))
-    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+        assert descriptors(running) == before + 2
+    eventually(before, lambda: descriptors(running))
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
     eventually([], lambda: children.read_text().split())
 
 
-def test_a_host_that_does_not_read_stops_its_shell_and_nobody_else(agent: Debugged) -> None:
-    with connect(agent.console) as console:
+def test_a_host_that_does_not_read_stops_its_shell_and_nobody_else(running: Debugged) -> None:
+    with connect(running.console) as console:
         console.sendall(b"yes\n")
         time.sleep(0.3)
-        assert agent.client.check()
-        rss = Path(f"/proc/{agent.pid}/statm").read_text().split()[1]
+        assert running.client.check()
+        rss = Path(f"/proc/{running.pid}/statm").read_text().split()[1]
         time.sleep(0.3)
-        assert Path(f"/proc/{agent.pid}/statm").read_text().split()[1] == rss
+        assert Path(f"/proc/{running.pid}/statm").read_text().split()[1] == rss
         read_until(console, b"y\r\ny\r\n")
         console.sendall(b"\x03echo hal''t\n")
         read_until(console, b"halt")
@@ -157,19 +163,19 @@ def answers_at_all(path: Path) -> bool:
         return console.recv(1) != b""
 
 
-def test_a_ninth_console_is_refused_until_one_is_free(agent: Debugged) -> None:
+def test_a_ninth_console_is_refused_until_one_is_free(running: Debugged) -> None:
     with contextlib.ExitStack() as stack:
-        consoles = [stack.enter_context(connect(agent.console)) for _ in range(8)]
-        assert not answers_at_all(agent.console)
+        consoles = [stack.enter_context(connect(running.console)) for _ in range(8)]
+        assert not answers_at_all(running.console)
         consoles[0].close()
-        eventually(True, lambda: answers_at_all(agent.console))
+        eventually(True, lambda: answers_at_all(running.console))
 
 
 # --- the log ---
 
 
-def test_the_log_begins_with_the_first_line_whenever_the_host_comes(agent: Debugged) -> None:
-    with connect(agent.log) as log:
+def test_the_log_begins_with_the_first_line_whenever_the_host_comes(running: Debugged) -> None:
+    with connect(running.log) as log:
         lines = lines_of(log, until="listening")
     assert "agent started" in [line["msg"] for line in lines]
     assert all(line["name"] == "osbuilder-agent" and line["version"] for line in lines)
@@ -183,14 +189,14 @@ def test_lines_go_to_the_output_as_well(sanitized_agent: Path, tmp_path: Path) -
     assert written[: len(lines)] == lines
 
 
-def test_there_is_one_reader_of_the_log_at_a_time_and_another_may_follow(agent: Debugged) -> None:
-    with connect(agent.log) as first:
+def test_there_is_one_reader_of_the_log_at_a_time_and_another_may_follow(running: Debugged) -> None:
+    with connect(running.log) as first:
         lines_of(first, until="listening")
-        with connect(agent.log) as second:
+        with connect(running.log) as second:
             assert second.recv(1) == b""
-    with connect(agent.console) as console:  # something to log
+    with connect(running.console) as console:  # something to log
         console.recv(1)
-    with connect(agent.log) as third:
+    with connect(running.log) as third:
         assert lines_of(third, until="a debug console was opened")
 
 
@@ -217,3 +223,28 @@ def test_an_option_that_is_none_is_answered_with_the_usage(sanitized_agent: Path
     found = subprocess.run([sanitized_agent, *words], capture_output=True, text=True, timeout=_SECONDS, check=False)
     assert found.returncode == 2
     assert "--debug-console unix:PATH" in found.stderr
+
+
+# --- in a guest ---
+
+
+def console_says(log: Path, *words: str) -> None:
+    eventually([], lambda: [word for word in words if word not in log.read_text(errors="replace")])
+
+
+@pytest.mark.boot
+def test_the_bare_word_gives_the_guests_console_a_shell(kernel: Kernel, busybox_initrd: Initrd, tmp_path: Path) -> None:
+    with booted(kernel, busybox_initrd, tmp_path / "guest", words=("agent.debug_console",)) as client:
+        console_says(tmp_path / "guest/console.log", "a debug console was opened", "# ")
+        client.destroy_sandbox()
+
+
+@pytest.mark.boot
+def test_ports_are_listened_on_as_the_words_say(kernel: Kernel, busybox_initrd: Initrd, tmp_path: Path) -> None:
+    words = ("agent.debug_console", "agent.debug_console_vport=1026", "agent.log_vport=1025")
+    with booted(kernel, busybox_initrd, tmp_path / "guest", words=words) as client:
+        console_says(tmp_path / "guest/console.log", '"what":"debug console"', '"what":"log"')
+        client.destroy_sandbox()
+    text = (tmp_path / "guest/console.log").read_text(errors="replace")
+    assert "a debug console was opened" not in text
+    assert "cannot listen" not in text

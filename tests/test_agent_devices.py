@@ -282,6 +282,16 @@ def test_a_container_is_given_a_disk_under_the_name_it_wants(
     assert found == (0, name.ljust(16, "\0") + "/dev/data\n"), "the label of its filesystem"
 
 
+@pytest.mark.parametrize("driver", ["blk", "scsi"])
+def test_the_node_of_a_disk_can_be_bound_into_a_container(hosts: Hosts, driver: str) -> None:
+    place = "/run/kata-containers/sandbox/storage/L2Rldi9kYXRh"
+    options = ["rbind", "rprivate", "rw"]
+    source = {"blk": "11/03", "scsi": "3:2"}[driver]
+    storage = {"driver": driver, "source": source, "fstype": "bind", "mount_point": place, "options": options}
+    mount = {"destination": "/data", "type": "bind", "source": place, "options": options}
+    assert hosts.run("bound", "[ -b /data ] && echo disk", storages=(storage,), mounts=(mount,)) == (0, "disk\n")
+
+
 def root_numbers(hosts: Hosts) -> dict[str, tuple[int, int]]:
     """Numbers of block devices by name, as every container may see them."""
     _, text = hosts.run("looks", "cat /proc/partitions")

@@ -204,6 +204,21 @@ def hidden(root: Path) -> Message:
                        linux={"MaskedPaths": MASKED, "ReadonlyPaths": READ_ONLY})  # fmt: skip
 
 
+def test_who_may_trace_does_not_get_at_the_guests_root_by_a_process_that_is_being_made(
+    containers: Containers, root: Path, outside: Path
+) -> None:
+    """It may look into every process of its PID namespace, also into one that is not its container's yet."""
+    look = f"if [ -e /proc/$n/root{outside}/secret ]; then echo seen; exec sleep 1000; fi"
+    script = f"n=1; while :; do n=$((n % 60 + 2)); {look}; done"
+    watcher = process("sh", "-c", script, capabilities=(*ALL, "CAP_SYS_PTRACE"))
+    name = containers.start(description(root, watcher))
+    for _ in range(40):
+        containers.wait(name, containers.execute(name, "true"))
+    containers.call("SignalProcess", container_id=name, signal=9)
+    assert containers.read(name) == b""
+    containers.remove(name)
+
+
 def test_masked_paths_are_empty_and_read_only_paths_cannot_be_written(containers: Containers, hidden: Message) -> None:
     name = containers.start(hidden)
     script = (

@@ -48,7 +48,9 @@ class Program:
         if name in self.left:
             if self.gone:
                 raise Refuse(Code.NOT_FOUND)
-            return {"data": self.left[name].pop(0)}
+            if not (data := self.left[name].pop(0)):
+                raise Refuse(Code.INTERNAL, "read meet EOF")
+            return {"data": data}
         if name == "WriteStdin":
             self.stdin += request.data[:1000]
             return {"len": min(len(request.data), 1000)}

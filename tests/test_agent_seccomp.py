@@ -104,22 +104,17 @@ def profile_of(*rules: Any, default: str = "ERRNO", arches: Sequence[str] = ("X8
 
 
 def _holds(arg: Mapping[str, Any], args: Sequence[int], mask: int) -> bool:
-    seen, value, second = args[arg["Index"]] & mask, arg["Value"] & mask, arg["ValueTwo"] & mask
-    match arg["Op"].removeprefix("SCMP_CMP_"):
-        case "NE":
-            return seen != value
-        case "LT":
-            return seen < value
-        case "LE":
-            return seen <= value
-        case "EQ":
-            return seen == value
-        case "GE":
-            return seen >= value
-        case "GT":
-            return seen > value
-        case _:
-            return seen & value == second & value
+    value, second = int(arg["Value"]) & mask, int(arg["ValueTwo"]) & mask
+    seen = args[int(arg["Index"])] & mask
+    return {
+        "NE": seen != value,
+        "LT": seen < value,
+        "LE": seen <= value,
+        "EQ": seen == value,
+        "GE": seen >= value,
+        "GT": seen > value,
+        "MASKED_EQ": seen & value == second & value,
+    }[arg["Op"].removeprefix("SCMP_CMP_")]
 
 
 def _applies(rule: Mapping[str, Any], args: Sequence[int], mask: int) -> bool:
@@ -150,7 +145,7 @@ _args = st.builds(
     lambda index, op, value, second: {"Index": index, "Op": f"SCMP_CMP_{op}", "Value": value, "ValueTwo": second},
     st.integers(0, 5), st.sampled_from(OPS), st.sampled_from(_VALUES), st.sampled_from(_VALUES),
 )  # fmt: skip
-_rules = st.fixed_dictionaries(
+_rules: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "Names": st.lists(st.sampled_from(list(_CALLS)), min_size=1, max_size=4, unique=True),
         "Action": st.sampled_from(list(ACTIONS)),
@@ -158,7 +153,7 @@ _rules = st.fixed_dictionaries(
     },
     optional={"errnoret": st.sampled_from((0, 1, 38, 4094))},
 )
-_profiles = st.fixed_dictionaries(
+_profiles: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "DefaultAction": st.sampled_from(list(ACTIONS)),
         "Architectures": st.lists(st.sampled_from(list(ARCHES)), unique=True),

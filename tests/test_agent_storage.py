@@ -101,7 +101,8 @@ def agent_(only_agent: Agent) -> Iterator[Agent]:
 
 def test_the_agent_says_sorted_what_it_can_mount(agent_: Agent) -> None:
     details = agent_.client.guest_details().agent
-    handlers = ("9p", "blk", "ephemeral", "local", "mmioblk", "nvdimm", "overlayfs", "scsi", "virtio-fs")
+    handlers = ("9p", "blk", "ephemeral", "local", "mmioblk", "nvdimm", "overlayfs", "scsi", "virtio-fs",
+                "watchable-bind")  # fmt: skip
     assert details.storage_handlers == handlers
     assert details.device_handlers == ("blk", "mmioblk", "nvdimm", "scsi")
 
@@ -207,9 +208,7 @@ def test_var_run_is_another_name_of_run(agent_: Agent) -> None:
     assert f"{BASE}/volume" in agent_.mounts()
 
 
-@pytest.mark.parametrize(
-    "driver", ["", "watchable-bind", "image_guest_pull", "erofs.multi-layer", "blk-ccw", "x" * 5000]
-)
+@pytest.mark.parametrize("driver", ["", "image_guest_pull", "erofs.multi-layer", "blk-ccw", "x" * 5000])
 def test_a_driver_that_is_not_there_is_named(only_agent: Agent, driver: str) -> None:
     error = only_agent.refuses({"driver": driver, "mount_point": f"{BASE}/x"})
     assert error.code == UNIMPLEMENTED
@@ -266,6 +265,30 @@ def test_a_bind_mount_has_the_flags_that_were_asked_for(agent_: Agent) -> None:
     with pytest.raises(OSError, match="Read-only"):
         agent_.path("/run/file").write_text("other")
     agent_.path("/run/source/file").write_text("still writable")
+
+
+@pytest.mark.parametrize("share", ["", "/passthrough"], ids=["the Go runtime's", "runtime-rs's"])
+def test_what_is_watched_is_bound_on_a_filesystem_of_its_own_where_the_share_is_read_only(
+    agent_: Agent, share: str
+) -> None:
+    shared = f"{BASE}/shared/containers"
+    agent_.path(f"/run/source{share}/watchable").mkdir(parents=True)
+    for name in ("token", "certificate"):
+        agent_.path(f"/run/source{share}/{name}").mkdir()
+        agent_.path(f"/run/source{share}/{name}/file").write_text(name)
+    watched = [
+        {**bind(f"{shared}{share}/{name}", f"{shared}{share}/watchable/{name}"), "driver": "watchable-bind"}
+        for name in ("token", "certificate")
+    ]
+    agent_.mount(bind("/run/source", shared, options=["ro"]), *watched)
+    for name in ("token", "certificate"):
+        assert agent_.path(f"{shared}{share}/watchable/{name}/file").read_text() == name
+        agent_.path(f"/run/source{share}/{name}/file").write_text("changed")
+        assert agent_.path(f"{shared}{share}/watchable/{name}/file").read_text() == "changed"
+    assert agent_.mounts()[f"{shared}{share}/watchable"][1] == "tmpfs"
+    assert os.listdir(agent_.path(f"/run/source{share}/watchable")) == []
+    error = agent_.refuses({**watched[0], "fstype": "ext4"})
+    assert error.code == INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("source", ["/run/link", "/run/link/etc", "relative", "/run/nothing"])

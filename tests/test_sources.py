@@ -14,6 +14,7 @@ import re
 import socket
 import socketserver
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -523,3 +524,12 @@ def _zstd(data: bytes) -> bytes:
     compressor = zstd.compressor(3)
     packed: bytes = compressor.compress(data) + compressor.flush()
     return packed
+
+
+def test_whoever_reads_an_image_does_not_load_what_writes_one() -> None:
+    """An unchanged archive is to be a tree again in 0.3 s: imports are most of that."""
+    code = "import sys, osbuild.sources; print(*sorted(name for name in sys.modules if name.startswith('osbuild.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "osbuild.sources.archive" in loaded
+    assert not loaded & {"osbuild.filesystem", "osbuild.spec", "osbuild.initrd", "osbuild.pipeline"}

@@ -27,6 +27,8 @@ def test_the_agent_is_a_service_under_the_names_of_kata(tmp_path: Path) -> None:
     tree = rootfs.tree
     assert tree["/usr/bin/osbuilder-agent"].mode == stat.S_IFREG | 0o755
     assert "\nExecStart=/usr/bin/osbuilder-agent\n" in text(tree, f"{UNITS}/kata-agent.service")
+    # Else containers would have no limits of processors, and one that is out of memory would end the guest.
+    assert "\nDelegate=yes\nOOMPolicy=continue\n" in text(tree, f"{UNITS}/kata-agent.service")
     assert "\nAllowIsolate=yes\n" in text(tree, f"{UNITS}/kata-containers.target")
     assert tree[f"{ETC}/basic.target.wants/kata-containers.target"].target == f"{UNITS}/kata-containers.target"
     assert rootfs.words == (

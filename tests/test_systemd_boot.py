@@ -18,6 +18,8 @@ from osbuild.rootfs import assemble_rootfs
 from osbuild.runtime.base import Machine
 from osbuild.sources.image import SourceImage
 from osbuild.spec import RootfsSpec
+from tests.agent_container import DEV, PROC, Containers, description, process
+from tests.agent_guest import booted
 from tests.boot_fixtures import boot_kernel, guests_alive, image_of
 from tests.layer_tools import opened
 
@@ -107,3 +109,25 @@ def test_the_agent_is_started_when_nobody_names_its_target(rootfs: Rootfs, boot:
     assert checks["agent.check"].verdict is Verdict.passed, report
     assert checks["agent.details"].detail == "the agent says that it is not PID 1", "the smoke test expected it to be"
     assert re.search(r"Reached target .*A guest that runs containers", console_of(report))
+
+
+def test_a_container_of_the_service_has_limits_and_takes_nobody_with_it_when_it_meets_them(
+    debian: SourceImage, agent: File, boot_kernel: Kernel, tmp_path: Path
+) -> None:
+    rootfs = assemble_rootfs(debian, agent, epoch=0, wishes=RootfsSpec(init="systemd", slim=True))
+    image = dax_image(rootfs, tmp_path / "rootfs.img")
+    limits = {
+        "CPU": {"Shares": 512, "Quota": 50000, "Period": 100000},
+        "Memory": {"Limit": 16 << 20, "Swap": 16 << 20},
+        "Pids": {"Limit": 20},
+    }
+    # Controllers that systemd did not hand down have no files to write to; what it takes for its own it kills.
+    greedy = process("dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1", Env=["PATH=/bin:/usr/bin"])
+    linux = {"Resources": limits, "CgroupsPath": "kubepods-pod1.slice:cri-containerd:greedy"}
+    oci = description(Path("/"), greedy, mounts=(PROC, DEV), linux=linux)
+    with booted(boot_kernel, image, tmp_path / "work", memory_mib=MIB) as client:
+        containers = Containers(client)
+        assert containers.run(oci, name="greedy")[0] == 128 + 9
+        assert client.call("grpc.AgentService", "GetOOMEvent").container_id == "greedy"
+        assert containers.run(description(Path("/"), process("true"), mounts=(PROC, DEV)))[0] == 0
+        client.destroy_sandbox()

@@ -3,6 +3,10 @@
 serial            a virtio-serial port; needs nothing of the host, and an agent that looks for it
 vsock             AF_VSOCK; the host's kernel does the work: /dev/vhost-vsock
 vhost-user-vsock  the program vhost-device-vsock does it instead, and shows each guest as a unix socket (hybrid vsock)
+
+Seen with vhost-device-vsock 0.3.0, QEMU 7.2 and an emulated guest: calls with short answers work, one after the other;
+answers of some 30 KiB stop in the middle until the next call, whatever its tx-buffer-size, and with event_idx=off bytes
+were lost. Whose fault that is nobody has found out yet, so what reads much should be asked over the serial port.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from osbuild import oci
 from osbuild.cache import Cache
 from osbuild.errors import HostError, InputError
 from osbuild.layers import Layer, flatten
-from osbuild.spec import RegistrySpec
+from osbuild.registry_spec import RegistrySpec
 from osbuild.tar import Limits
 from osbuild.tree import Backing, Spool, Tree
 from osbuild.uncompress import check_ratio, uncompressed

@@ -225,7 +225,8 @@ def _files() -> list[Call]:
 
 
 def _storages() -> list[Call]:
-    drivers = ("ephemeral", "local", "overlayfs", "virtio-fs", "9p", "blk", "mmioblk", "nvdimm", "scsi", "bind")
+    drivers = ("ephemeral", "local", "overlayfs", "virtio-fs", "9p", "blk", "mmioblk", "nvdimm", "scsi", "bind",
+               "watchable-bind")  # fmt: skip
     storages = [
         {
             "driver": driver,
