@@ -243,7 +243,14 @@ def test_guest_details_are_those_of_the_machine(client: Client) -> None:
     block_size = memory / "block_size_bytes"
     assert said.get(1, 0) == (int(block_size.read_text(), 16) if block_size.exists() else 0)
     assert said.get(3, 0) == int((memory / "probe").exists())
-    assert fields(said[2]) == [(1, osbuild.__version__.encode())]  # not init, no handlers, no seccomp: nothing claimed
+    about = fields(said[2])
+    assert about[0] == (1, osbuild.__version__.encode())
+    assert all(number != 2 for number, _ in about)  # not init
+    for number in (3, 4):  # handlers of devices and of storages
+        names = [value for found, value in about if found == number]
+        assert names == sorted(names)
+        assert b"blk" in names
+    assert about[-1] == (5, 1)  # seccomp
 
 
 def test_guest_details_that_were_not_asked_for_are_left_out(client: Client) -> None:
@@ -277,7 +284,7 @@ TOO_DEEP: Final = b"\x0b" * 65 + b"\x0c" * 65
         pytest.param(frame(1, b""), INVALID_ARGUMENT, id="no service at all"),
         pytest.param(request(1, "grpc.Health", "Chec"), UNIMPLEMENTED, id="unknown method of Health"),
         pytest.param(request(1, "grpc.AgentService", "Nothing"), UNIMPLEMENTED, id="unknown method of AgentService"),
-        pytest.param(request(1, "grpc.AgentService", "CreateContainer"), UNIMPLEMENTED, id="method we lack"),
+        pytest.param(request(1, "grpc.AgentService", "SetPolicy"), UNIMPLEMENTED, id="method we lack"),
         pytest.param(request(1, "grpc.AgentService", "é" * 500), UNIMPLEMENTED, id="long unknown method"),
         pytest.param(check(2), INVALID_ARGUMENT, id="even stream"),
         pytest.param(check(0), INVALID_ARGUMENT, id="stream zero"),

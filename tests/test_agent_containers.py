@@ -129,7 +129,9 @@ def test_a_description_that_lacks_something_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("name", ["", "x", "../x", ".x", "a/b", "-a", "a b", "a" * 300, "shared", "sandbox"])
-def test_an_id_that_could_be_a_path_or_is_the_sandboxs_is_refused(containers: Containers, root: Path, name: str) -> None:
+def test_an_id_that_could_be_a_path_or_is_the_sandboxs_is_refused(
+    containers: Containers, root: Path, name: str
+) -> None:
     with pytest.raises(StatusError, match="INVALID_ARGUMENT"):
         containers.call("CreateContainer", container_id=name, OCI=description(root, TRUE))
 

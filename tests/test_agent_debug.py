@@ -66,12 +66,17 @@ def running(sanitized_agent: Path, tmp_path: Path) -> Iterator[Debugged]:
 def connect(path: Path) -> socket.socket:
     stream = socket.socket(socket.AF_UNIX)
     stream.settimeout(_SECONDS)
+    deadline = time.monotonic() + _SECONDS
     try:
-        stream.connect(str(path))
-    except OSError:
+        while True:
+            with contextlib.suppress(BlockingIOError):  # as many as the agent lets wait are waiting
+                stream.connect(str(path))
+                return stream
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    except BaseException:
         stream.close()
         raise
-    return stream
 
 
 def read_until(stream: socket.socket, text: bytes) -> bytes:
