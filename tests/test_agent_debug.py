@@ -101,9 +101,9 @@ def descriptors(running: Debugged) -> int:
 
 def eventually(expected: Any, measure: Any) -> None:
     deadline = time.monotonic() + _SECONDS
-    while measure() != expected and time.monotonic() < deadline:
+    while (seen := measure()) != expected and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert measure() == expected
+    assert seen == expected
 
 
 # --- the console ---
