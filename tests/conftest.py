@@ -37,16 +37,15 @@ def agent() -> File:
 
 
 @pytest.fixture(scope="session")
-def sanitized_agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sanitized_agent() -> Path:
     """The agent's program under ASan and UBSan, or without where there is no libasan."""
     from tests.agent_program import SANITIZERS, compile_agent
 
-    out = tmp_path_factory.mktemp("agent-program")
     try:
-        path = compile_agent(out / "sanitized", *SANITIZERS)
+        path = compile_agent(*SANITIZERS)
         command.run(str(path), "--version")
     except CommandError:
-        path = compile_agent(out / "plain")
+        path = compile_agent()
     return path
 
 

@@ -538,7 +538,7 @@ def test_after_big_frames_there_is_room_for_big_frames(agent: Agent) -> None:
 
 
 def test_thirty_one_half_frames_take_less_than_twenty_mebibytes(tmp_path: Path) -> None:
-    with running(compile_agent(tmp_path / "plain"), tmp_path / "log") as agent, contextlib.ExitStack() as stack:
+    with running(compile_agent(), tmp_path / "log") as agent, contextlib.ExitStack() as stack:
         for _ in range(31):
             stack.enter_context(agent.connect()).send(half(big(1)))
         with agent.connect() as other:
@@ -558,7 +558,7 @@ def test_calls_that_wait_do_not_take_more_than_the_budget_however_many_they_are(
 
 
 def test_a_frame_that_takes_too_long_ends_its_connection_and_no_other(tmp_path: Path) -> None:
-    impatient = compile_agent(tmp_path / "impatient", "-DAGENT_HALF_FRAME_MS=200")
+    impatient = compile_agent("-DAGENT_HALF_FRAME_MS=200")
     with running(impatient, tmp_path / "log") as agent, agent.connect() as idle, agent.connect() as slow:
         assert idle.call(CHECK).code == OK
         assert slow.call(CHECK).code == OK
