@@ -89,8 +89,7 @@ def _levels(size: int) -> list[tuple[int, int]]:
 
 def _digests(descriptor: int, offset: int, size: int, salt: bytes) -> Iterator[bytes]:
     """The digests of all blocks, in whole blocks."""
-    sha256 = hashlib.sha256
-    hole = sha256(salt + bytes(BLOCK)).digest()
+    hole = block_digest(salt, bytes(BLOCK))
     for start in range(offset, offset + size, _BATCH):
         length = min(_BATCH, offset + size - start)
         if _is_hole(descriptor, start, length):
@@ -99,8 +98,19 @@ def _digests(descriptor: int, offset: int, size: int, salt: bytes) -> Iterator[b
             data = os.pread(descriptor, length, start)
             if len(data) != length:
                 raise InputError(f"a file became shorter while it was hashed: {length - len(data)} bytes are missing")
-            digests = b"".join([sha256(salt + data[at : at + BLOCK]).digest() for at in range(0, length, BLOCK)])
+            digests = b"".join(_each(salt, data))
         yield digests + bytes(-len(digests) % BLOCK)
+
+
+def _each(salt: bytes, data: bytes) -> Iterator[bytes]:
+    """The digest of every block in whole blocks of data."""
+    # To copy one that knows the salt is a fifth quicker than to make one and to put the salt before each block.
+    salted = hashlib.sha256(salt)
+    view = memoryview(data)
+    for at in range(0, len(data), BLOCK):
+        block = salted.copy()
+        block.update(view[at : at + BLOCK])
+        yield block.digest()
 
 
 def _is_hole(descriptor: int, start: int, length: int) -> bool:
