@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -47,6 +48,20 @@ def hash_tree(descriptor: int, offset: int, size: int, salt: bytes, target: int,
             written += len(digests)
         descriptor, offset, size = target, target_offset + at, blocks * BLOCK
     return hashlib.sha256(salt + os.pread(target, BLOCK, target_offset)).digest()
+
+
+def stored_root(descriptor: int, offset: int, size: int, salt: bytes) -> bytes | None:
+    """The root hash of the tree that lies at `offset`, over `size` bytes; None where a level denies the one below it.
+
+    The data is not read: whoever knows the root hash from elsewhere knows then that the digests of the data's blocks
+    are those that were written.
+    """
+    levels = [(offset + at, blocks * BLOCK) for at, blocks in _levels(size)]
+    for (below, length), (above, _) in itertools.pairwise(levels):
+        digests = b"".join(_digests(descriptor, below, length, salt))
+        if os.pread(descriptor, len(digests), above) != digests:
+            return None
+    return block_digest(salt, os.pread(descriptor, BLOCK, levels[-1][0])) if levels else None
 
 
 def tree_size(size: int) -> int:
