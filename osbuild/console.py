@@ -12,14 +12,15 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from osbuild.errors import Interrupted, OsbuilderError, SpecError
+
+if TYPE_CHECKING:  # what is slow to import is imported where it is shown
+    from rich.progress import Progress
 
 _SAY_SECONDS: Final = 30.0  # between signs of life where there is no terminal
 _WIDTH_OF_PIPES: Final = 160  # columns, where no terminal says how many it has
@@ -67,6 +68,8 @@ class Show:
         if self._quiet or not self._console.is_terminal:
             yield None
             return
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self._console, transient=True) as progress:
             yield progress
@@ -150,6 +153,8 @@ def print_bytes(pieces: Iterable[bytes]) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A result for people, on standard output; verdicts are coloured."""
+    from rich.table import Table
+
     table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for column in columns:
         table.add_column(Text(column), justify="right" if column in ("size", "seconds") else "left", overflow="fold")

@@ -6,16 +6,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import osbuild
 from osbuild.artifacts import DiskImage, File, Initrd, Kernel, Rootfs, Verity
 from osbuild.errors import InputError
 from osbuild.oci import Json, parse_json
 from osbuild.output import write_whole
-from osbuild.sources.image import SourceImage
 from osbuild.spec import BuildSpec
 from osbuild.tree import quote
+
+if TYPE_CHECKING:  # slow to import: with it comes all that speaks to registries
+    from osbuild.sources.image import SourceImage
 
 MANIFEST: Final = "manifest.json"  # without it a build counts as not done
 LOCK: Final = "lock.json"

@@ -205,8 +205,9 @@ def _make(out: Path, layout: Layout, plan: Plan, salt: bytes, *, file_format: st
     """The file, and the root hash of its tree in hex (empty when it has none)."""
     with writing(out, needs=needs) as descriptor, contextlib.ExitStack() as stack:
         if file_format == "raw":
+            written = stack.enter_context(flushing(descriptor))
             _write(descriptor, layout, plan)
-            stack.enter_context(flushing(descriptor))  # while the hashes are computed, each by a thread
+            written.set()  # the rest is flushed while the hashes are computed, each by a thread
             hashing = stack.enter_context(Hashing(descriptor, layout.tree or layout.total))
             root_hash = _write_tree(descriptor, layout, salt)
         else:
@@ -214,7 +215,7 @@ def _make(out: Path, layout: Layout, plan: Plan, salt: bytes, *, file_format: st
             _write(raw, layout, plan)
             root_hash = _write_tree(raw, layout, salt)
             convert(raw, descriptor, file_format)
-            stack.enter_context(flushing(descriptor))
+            stack.enter_context(flushing(descriptor)).set()
             hashing = stack.enter_context(Hashing(descriptor, 0))
         size = os.fstat(descriptor).st_size
         return File(path=out, size=size, sha256=hashing.finish()), root_hash

@@ -20,6 +20,7 @@ from osbuild.tree import quote
 _CHUNK: Final = 1 << 20
 _ZEROS: Final = bytes(_CHUNK)
 _SUFFIX: Final = ".osbuilder"  # of names that a file has for a moment
+_PAUSE: Final = 0.02  # seconds between flushes of a file that is being written
 _DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a disk, or its owner, may answer
 
 
@@ -144,15 +145,20 @@ def nameless(directory: Path) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def flushing(descriptor: int) -> Iterator[None]:
-    """What was written before goes to the disk while the block does something else; at its end it is there.
+def flushing(descriptor: int) -> Iterator[threading.Event]:
+    """What is written goes to the disk from now on, until the event is set that is given; at the block's end all that
+    was written before that is there.
 
-    OSError when the disk refuses. What the block itself writes is flushed later, by `writing`.
+    OSError when the disk refuses. What is written later is flushed by `writing`.
     """
     problems: list[OSError] = []
+    written = threading.Event()
 
     def flush() -> None:
         try:
+            # The disk is the slowest of all: it should not have to wait for the last byte.
+            while not written.wait(_PAUSE):
+                os.fdatasync(descriptor)
             os.fsync(descriptor)
         except OSError as problem:
             problems.append(problem)
@@ -160,8 +166,9 @@ def flushing(descriptor: int) -> Iterator[None]:
     thread = threading.Thread(target=flush)
     thread.start()
     try:
-        yield
+        yield written
     finally:
+        written.set()
         thread.join()
     if problems:
         raise problems[0]

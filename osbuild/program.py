@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import signal
 import sys
@@ -45,6 +46,7 @@ def run(app: typer.Typer) -> NoReturn:
         sys.stdout.flush()
     except OSError:  # has been said, or needs no word; Python would try once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    gc.freeze()  # what is left goes with the process: nobody need look through it first
     sys.exit(code)
 
 

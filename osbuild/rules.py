@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from osbuild.agent import Agent
-from osbuild.sources.image import SourceImage
 from osbuild.spec import RootfsSpec
 from osbuild.tree import Bytes, Draft
+
+if TYPE_CHECKING:  # slow to import: with it comes all that speaks to registries
+    from osbuild.sources.image import SourceImage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

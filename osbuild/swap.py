@@ -71,6 +71,7 @@ class _Known:
     service: bool
     arch: Arch
     epoch: int
+    root_hash: str = ""  # of its hash tree, where manifest.json says it
 
 
 def swap(path: Path, source: str, cache: Cache, *, out: Path | None = None, disk: DiskSpec | None = None) -> Swapped:
@@ -82,14 +83,14 @@ def swap(path: Path, source: str, cache: Cache, *, out: Path | None = None, disk
     """
     home = path.absolute().parent
     if out is not None or not _is_build(path):
-        known = _understand(path, _options(path, disk))
-        rootfs = _with_agent(known, find_agent(source, known.arch, cache))
+        known = _open(path, disk)
+        rootfs = _proved(known, _with_agent(known, find_agent(source, known.arch, cache)))
         image = _write(known, rootfs, (out or path).absolute())
         return Swapped(image=image, before=known.agent, agent=rootfs.agent)
     with locked(home):
         document, lock = manifest.load(home)
-        known = _understand(path, _options(path, disk))
-        rootfs = _with_agent(known, find_agent(source, known.arch, cache))
+        known = _open(path, disk)
+        rootfs = _proved(known, _with_agent(known, find_agent(source, known.arch, cache)))
         new = make_room(home)
         roots: dict[str, DiskImage | Initrd] = {"image": _write(known, rootfs, new / path.name)}
         name = manifest.NAMES["initrd"]
@@ -110,16 +111,22 @@ def _is_build(path: Path) -> bool:
     return path.name == manifest.NAMES["image"] and (path.parent / manifest.MANIFEST).exists()
 
 
-def _options(path: Path, disk: DiskSpec | None) -> DiskSpec:
-    """How the image was made, as far as anybody says."""
+def _open(path: Path, disk: DiskSpec | None) -> _Known:
+    """The image, and how it was made, as far as anybody says."""
     if not _is_build(path):
-        return disk or DiskSpec()
-    _, lock = manifest.load(path.absolute().parent)
+        return _understand(path, disk or DiskSpec())
+    document, lock = manifest.load(path.absolute().parent)
     try:
         said: Mapping[str, Any] = lock["options"]["disk"]
-        return DiskSpec(**{**said, "salt": bytes.fromhex(said["salt"])})
+        disk = DiskSpec(**{**said, "salt": bytes.fromhex(said["salt"])})
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"{quote(str(path.parent / manifest.LOCK))} is not one of ours") from None
+    try:
+        hashed = document["outputs"][path.name]["verity"]
+        root_hash = str(hashed["root_hash"]) if hashed else ""
+    except (KeyError, TypeError):
+        raise InputError(f"{quote(str(path.parent / manifest.MANIFEST))} is not one of ours") from None
+    return dataclasses.replace(_understand(path, disk), root_hash=root_hash)
 
 
 # --- what there is ---
@@ -193,18 +200,27 @@ def _prove(known: _Known, plan: Plan) -> None:
             f"{where} was made with other options: with these it would have {layout.total} bytes, not {found.size}",
             hint=_WORDS,
         )
-    if tree is not None and not _has_salt(known, plan, tree.start, tree.size, partition.start):
-        raise InputError(f"{where} has a hash tree with another salt", hint="--salt HEX, as it was made")
+    if tree is not None:
+        _prove_hashes(known, plan, tree.start)
 
 
-def _has_salt(known: _Known, plan: Plan, tree: int, size: int, data: int) -> bool:
-    """Whether the digest of the first block stands in the tree as this salt gives it."""
-    backing = known.subject.backing
+def _prove_hashes(known: _Known, plan: Plan, tree: int) -> None:
+    """InputError unless the hash tree has this salt, agrees with itself, and has the root hash of manifest.json.
+
+    Nothing of it is used, for another UUID makes another salt; but whoever changed it may have changed more.
+    """
+    backing, data = known.subject.backing, known.filesystem.partition
+    where = quote(str(known.subject.path))
     salt = known.disk.salt or verity.default_salt(plan.uuid)
-    level = verity.first_level(known.filesystem.partition.size)
-    if level is None or level >= size:
-        return True
-    return backing.read(tree + level, verity.DIGEST) == verity.block_digest(salt, backing.read(data, verity.BLOCK))
+    level = verity.first_level(data.size)
+    if level is None:
+        return
+    first = backing.read(tree + level, verity.DIGEST)
+    if first != verity.block_digest(salt, backing.read(data.start, verity.BLOCK)):
+        raise InputError(f"{where} has a hash tree with another salt", hint="--salt HEX, as it was made")
+    root = verity.stored_root(backing.descriptor, tree, data.size, salt)
+    if root is None or (known.root_hash and known.root_hash != root.hex()):
+        raise InputError(f"{where} has a hash tree that somebody changed", hint=_BUILD_AGAIN)
 
 
 def _layout(disk: DiskSpec, plan: Plan) -> Layout:
@@ -250,27 +266,34 @@ def _put_service(draft: Draft, agent: Agent, now: int) -> None:
         draft.put(f"{units}/{name}", regular(text.encode(), mtime_ns=now))
 
 
-def _write(known: _Known, rootfs: Rootfs, out: Path) -> DiskImage:
-    """The image of the new tree, once the old one is proved."""
-    disk = known.disk
-    filesystem = FILESYSTEMS[disk.filesystem]
-
-    def plan(tree: Tree) -> Plan:
-        return filesystem.plan(tree, start=FILESYSTEM_START, epoch=known.epoch, dax=disk.header, room=disk.room)
-
+def _proved(known: _Known, rootfs: Rootfs) -> Rootfs:
+    """The same, once the old image is proved: every byte of both trees is hashed, those that they share once."""
     contents: dict[Content, bytes] = {}
     for tree in (known.tree, rootfs.tree):  # which share nearly all of them
         tree.digest(contents)
     try:
-        _prove(known, plan(known.tree))
+        _prove(known, _plan(known, known.tree))
     except SpecError as problem:
         raise InputError(
             f"{quote(str(known.subject.path))} was made with other options: {problem}", hint=_WORDS
         ) from None
+    return rootfs
+
+
+def _plan(known: _Known, tree: Tree) -> Plan:
+    disk = known.disk
+    return FILESYSTEMS[disk.filesystem].plan(
+        tree, start=FILESYSTEM_START, epoch=known.epoch, dax=disk.header, room=disk.room
+    )
+
+
+def _write(known: _Known, rootfs: Rootfs, out: Path) -> DiskImage:
+    """The image of the new tree."""
+    disk = known.disk
     return build_nvdimm_image(
-        filesystem, plan(rootfs.tree), out, name=disk.filesystem, align=disk.align, total=disk.size,
-        header=disk.header, hashed=disk.verity, salt=disk.salt, writable=disk.writable, words=rootfs.words,
-        needs=known.subject.backing.size,
+        FILESYSTEMS[disk.filesystem], _plan(known, rootfs.tree), out, name=disk.filesystem, align=disk.align,
+        total=disk.size, header=disk.header, hashed=disk.verity, salt=disk.salt, writable=disk.writable,
+        words=rootfs.words, needs=known.subject.backing.size,
     )  # fmt: skip
 
 

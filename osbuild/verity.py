@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -47,6 +48,20 @@ def hash_tree(descriptor: int, offset: int, size: int, salt: bytes, target: int,
             written += len(digests)
         descriptor, offset, size = target, target_offset + at, blocks * BLOCK
     return hashlib.sha256(salt + os.pread(target, BLOCK, target_offset)).digest()
+
+
+def stored_root(descriptor: int, offset: int, size: int, salt: bytes) -> bytes | None:
+    """The root hash of the tree that lies at `offset`, over `size` bytes; None where a level denies the one below it.
+
+    The data is not read: whoever knows the root hash from elsewhere knows then that the digests of the data's blocks
+    are those that were written.
+    """
+    levels = [(offset + at, blocks * BLOCK) for at, blocks in _levels(size)]
+    for (below, length), (above, _) in itertools.pairwise(levels):
+        digests = b"".join(_digests(descriptor, below, length, salt))
+        if os.pread(descriptor, len(digests), above) != digests:
+            return None
+    return block_digest(salt, os.pread(descriptor, BLOCK, levels[-1][0])) if levels else None
 
 
 def tree_size(size: int) -> int:
@@ -89,8 +104,7 @@ def _levels(size: int) -> list[tuple[int, int]]:
 
 def _digests(descriptor: int, offset: int, size: int, salt: bytes) -> Iterator[bytes]:
     """The digests of all blocks, in whole blocks."""
-    sha256 = hashlib.sha256
-    hole = sha256(salt + bytes(BLOCK)).digest()
+    hole = block_digest(salt, bytes(BLOCK))
     for start in range(offset, offset + size, _BATCH):
         length = min(_BATCH, offset + size - start)
         if _is_hole(descriptor, start, length):
@@ -99,8 +113,19 @@ def _digests(descriptor: int, offset: int, size: int, salt: bytes) -> Iterator[b
             data = os.pread(descriptor, length, start)
             if len(data) != length:
                 raise InputError(f"a file became shorter while it was hashed: {length - len(data)} bytes are missing")
-            digests = b"".join([sha256(salt + data[at : at + BLOCK]).digest() for at in range(0, length, BLOCK)])
+            digests = b"".join(_each(salt, data))
         yield digests + bytes(-len(digests) % BLOCK)
+
+
+def _each(salt: bytes, data: bytes) -> Iterator[bytes]:
+    """The digest of every block in whole blocks of data."""
+    # To copy one that knows the salt is a fifth quicker than to make one and to put the salt before each block.
+    salted = hashlib.sha256(salt)
+    view = memoryview(data)
+    for at in range(0, len(data), BLOCK):
+        block = salted.copy()
+        block.update(view[at : at + BLOCK])
+        yield block.digest()
 
 
 def _is_hole(descriptor: int, start: int, length: int) -> bool:

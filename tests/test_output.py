@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -202,6 +203,14 @@ def test_what_was_written_is_on_the_disk_after_flushing_or_it_says_so(tmp_path: 
     with pytest.raises(OSError, match="Invalid argument"), flushing(read):  # fsync(2) of a pipe
         pass
     os.close(read)
+
+
+def test_the_disk_does_not_wait_for_the_last_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = threading.Event()
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: flushed.set())
+    with nameless(tmp_path) as descriptor, flushing(descriptor) as written:
+        assert flushed.wait(10)
+        written.set()
 
 
 def test_a_nameless_file_is_never_seen(tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from osbuild import manifest, pipeline, smoke, swap
+from osbuild import manifest, pipeline, smoke, swap, verity
 from osbuild.agent import Agent
 from osbuild.agents import BUILTIN, find_agent
 from osbuild.arch import X86_64
@@ -24,6 +25,7 @@ from osbuild.rootfs import assemble_rootfs
 from osbuild.runtime.base import Machine
 from osbuild.sources.image import SourceImage
 from osbuild.spec import BuildSpec, DiskSpec, RootfsSpec
+from osbuild.subject import open_subject
 from osbuild.tree import Entry, Sparse, Spool, Tree, regular
 from tests.agent_tools import FOREIGN, foreign_agent, rust_agent
 from tests.boot_fixtures import boot_kernel
@@ -212,6 +214,40 @@ def test_an_image_that_somebody_changed_is_refused(plain: Path, agents: dict[str
     data[3 * MIB + 1024 + 0x78] ^= 1  # the UUID, in the superblock: its checksum is wrong
     plain.write_bytes(data)
     refused(plain, agents["kata"], "damaged")
+
+
+@pytest.mark.parametrize("level", ["the digests of the data", "the level above"])
+def test_an_image_whose_hash_tree_somebody_changed_is_refused(
+    level: str, source: tuple[SourceImage, str], agents: dict[str, str], tmp_path: Path
+) -> None:
+    made = build(source, find(agents, "own"), DiskSpec(verity=True), tmp_path / "a.img")
+    assert made.verity is not None
+    data = bytearray(made.file.path.read_bytes())
+    tree = tree_of(made.file.path)
+    digests = verity.first_level(made.verity.blocks * verity.BLOCK)
+    assert digests
+    data[tree + (digests + 100 * verity.DIGEST if level == "the digests of the data" else verity.DIGEST)] ^= 1
+    made.file.path.write_bytes(data)
+    refused(made.file.path, agents["kata"], "hash tree that somebody changed", DiskSpec())
+
+
+def test_a_hash_tree_that_agrees_with_itself_must_have_the_root_hash_of_the_manifest(
+    source: tuple[SourceImage, str], agents: dict[str, str], tmp_path: Path
+) -> None:
+    source = (dataclasses.replace(source[0], tree=without(source[0].tree, "/srv/socket")), source[1])
+    build_all(source, find(agents, "own"), DiskSpec(verity=True), tmp_path / "a")
+    path = tmp_path / "a" / "manifest.json"
+    document = json.loads(path.read_text())
+    document["outputs"]["rootfs.img"]["verity"]["root_hash"] = "0" * 64
+    path.write_text(json.dumps(document))
+    refused(tmp_path / "a" / "rootfs.img", agents["kata"], "hash tree that somebody changed")
+
+
+def tree_of(path: Path) -> int:
+    """Where the hash tree begins."""
+    layout = open_subject(path).layout
+    assert layout is not None
+    return next(part.start for part in layout.partitions if part.kind == "hash tree")
 
 
 def test_what_is_no_image_of_ours_is_refused(plain: Path, agents: dict[str, str], tmp_path: Path) -> None:
