@@ -18,11 +18,13 @@ from pathlib import Path
 
 import pytest
 
+import osbuild
+from osbuild.artifacts import File
 from osbuild.blobs import Blobs
 from osbuild.cache import Cache
 from tests.layer_tools import archive, folder, hardlink, member, write_layout
 
-OSBUILDER = (sys.executable, "-c", "from osbuild.cli import main; main()")
+OSBUILDER = (sys.executable, "-c", "from osbuild.__main__ import main; main()")
 
 
 def run(*words: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -105,7 +107,6 @@ def test_bad_input_gets_one_line_and_its_exit_code(
         (("diff", "one"), "missing argument 'second'"),
         (("diff", "a", "b", "--most", "0"), "--most: not a number from 1"),
         (("cache", "prune", "--days", "x"), "--days: not a number"),
-        (("agent", "version", "/no/such"), "file '/no/such' does not exist"),
         (("cache", "prune", "--kind", "kernels"), "'kernels'"),
         (("build",), "no image is named"),
     ],
@@ -281,11 +282,13 @@ def test_a_hostile_name_reaches_the_terminal_harmless(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_the_agents_version_is_read_from_its_bytes(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"...osbuilder-agent version=1.2.3;...")
-    assert run("agent", "version", str(tmp_path / "a")).stdout == "osbuilder-agent 1.2.3\n"
+def test_the_agents_version_is_read_from_its_bytes(agent: File, tmp_path: Path) -> None:
+    said = run("agent", "version", str(agent.path)).stdout.splitlines()
+    assert said[0].split() == ["agent", "osbuilder-agent", osbuild.__version__]
     (tmp_path / "b").write_bytes(b"something else")
     assert run("agent", "version", str(tmp_path / "b")).returncode == 3
+    missing = run("agent", "version", "/no/such")
+    assert (missing.returncode, one_line(missing.stderr)) == (3, "error: '/no/such' is not there")
 
 
 def test_a_failure_is_told_as_json_too(tmp_path: Path) -> None:
