@@ -222,6 +222,9 @@ def test_what_is_no_image_of_ours_is_refused(plain: Path, agents: dict[str, str]
     ):
         other.write_bytes(data)
         refused(other, agents["kata"], complaint)
+    with pytest.raises(InputError, match="is not a regular file") as caught:
+        swap.swap(tmp_path, agents["kata"], default_cache())
+    assert caught.value.hint == "name a file in it"
     draft = make_image(tmp_path / "j", member("sbin/init", b"x")).tree.edit()
     tree = Tree({path: dataclasses.replace(entry, mtime_ns=0) for path, entry in draft.tree().items()})
     rootfs = Rootfs(tree=tree, init="/sbin/init", epoch=0)
