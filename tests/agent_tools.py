@@ -88,7 +88,7 @@ def foreign_agent(work: Path, version: str = FOREIGN) -> Path:
     text = header.read_text()
     marker = '#define AGENT_MARKER "osbuilder-agent version=" AGENT_VERSION ";"'
     assert marker in text
-    text = text.replace(marker, f'#define AGENT_MARKER "kata-agent\\0ttrpc\\0{version}-{COMMIT}\\0"')
+    text = text.replace(marker, f'#define AGENT_MARKER "={version};\\0kata-agent\\0ttrpc\\0{version}-{COMMIT}\\0"')
     text = text.replace(
         "#ifndef AGENT_VERSION\n", f'#undef AGENT_VERSION\n#define AGENT_VERSION "{version}"\n#ifdef NO\n'
     )
