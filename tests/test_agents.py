@@ -217,5 +217,5 @@ def boot(kind: str, found: Agent, expected: str, kernel: Kernel, work: Path) -> 
         image_of(rootfs.tree, work / "img") if kind == "image" else initrd_of(rootfs.tree, work / "img")
     )
     root = dataclasses.replace(root, words=(*root.words, *rootfs.words))
-    machine = Machine(kernel=kernel, root=root, accel="tcg", agent=expected)
+    machine = Machine(kernel=kernel, root=root, accel="tcg", agent=expected, transport="serial")
     return smoke.run(machine, work / "work", seconds=60)

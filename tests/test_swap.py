@@ -267,7 +267,7 @@ def test_a_guest_with_a_swapped_agent_boots_and_names_it(
     build((image, "agent"), find(agents, "own"), DISKS[name], tmp_path / "a.img")
     done = swap.swap(tmp_path / "a.img", agents["kata"], default_cache())
     root = done.image.through_verity() if done.image.verity else done.image
-    machine = Machine(kernel=boot_kernel, root=root, accel="tcg", agent=done.agent)
+    machine = Machine(kernel=boot_kernel, root=root, accel="tcg", agent=done.agent, transport="serial")
     report = smoke.run(machine, tmp_path / "work", seconds=60)
     assert report.verdict is Verdict.passed, report.reason
     assert {check.name: check.detail for check in report.checks}["agent.version"].startswith(FOREIGN)
