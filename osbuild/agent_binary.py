@@ -116,7 +116,7 @@ def ask(path: Path, found: AgentBinary) -> AgentBinary:
         lines = log.read_text(errors="replace").splitlines() or [""]
     said = _PIN.match(lines[0])
     if said is None:
-        raise InputError(f"{quote(str(path))} --version says {quote(lines[0][:80])}, which names no version")
+        raise InputError(f"{quote(str(path))} --version says {quote(lines[0][:80])}, which is no NAME VERSION")
     # 1.x says VERSION-COMMIT here, where others say VERSION.
     version = re.sub(r"-[0-9a-f]{40}(-dirty)?$", "", said["version"])
     return dataclasses.replace(

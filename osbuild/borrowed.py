@@ -21,7 +21,8 @@ class Borrowed:
         if not stat.S_ISREG(found.st_mode):
             os.close(self.descriptor)
             del self.descriptor
-            raise InputError(f"{quote(str(path))} is not a regular file")
+            hint = "name a file in it" if stat.S_ISDIR(found.st_mode) else ""
+            raise InputError(f"{quote(str(path))} is not a regular file", hint=hint)
         self.size = found.st_size
         self.mark = _mark(found)
 

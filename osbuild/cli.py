@@ -194,8 +194,8 @@ def smoke(
 ) -> None:
     """Boot what a build made once more.
 
-    --check agent also walks over every call that the agent answers, and says of each what came of it and how long it
-    took.
+    --check agent takes one step after the other through the agent's calls, instead of the usual checks, and says of
+    each what came of it: ms is the call itself (the median of several), seconds all that the step took.
 
     Exit code: 0 every agent answered and every check passed; 6 a guest was wrong; 7 a guest was silent.
     """

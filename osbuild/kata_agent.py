@@ -69,7 +69,10 @@ def _compression(path: Path) -> str:
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as problem:
-        raise InputError(f"cannot read {quote(str(path))}: {problem.strerror}") from None
+        raise InputError(
+            f"cannot read {quote(str(path))}: {problem.strerror}",
+            hint="an agent is builtin, or the path of a program, or of a tarball that holds kata-agent",
+        ) from None
     if head.startswith(_XZ):
         return "xz"
     compression = uncompress.sniff(head.ljust(4, b"\0"))

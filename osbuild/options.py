@@ -77,7 +77,10 @@ _TRANSPORT_HELP: Final = (
     "how the agent is asked: serial, vsock (/dev/vhost-vsock), vhost-user-vsock (by the program vhost-device-vsock); "
     "auto (the default): serial where the agent is osbuilder's, else vsock"
 )
-_CHECK_HELP: Final = "agent walks over every call that it answers, which takes a while and is left out unless asked for"
+_CHECK_HELP: Final = (
+    "without it, at all but agent, which takes one step after the other through the agent's calls: up to a minute for "
+    "each guest"
+)
 _VERITY_HELP: Final = (
     "add a hash tree for dm-verity as partition 2 (sha256, blocks of 4 KiB), and say what the kernel must be told; a "
     "boot uses either verity or DAX, and the file is good for both"
@@ -128,7 +131,7 @@ OPTIONS: Final = (
     Option("cpus", int, "guest", "processors for each guest, 1 when not given"),
     Option("timeout", float, "guest", "seconds that a guest has to answer, 60 when not given"),
     Option("transport", str, "guest", _TRANSPORT_HELP),
-    Option("check", list, "guest", f"look at this only: {', '.join(CHECKS)}; may be given again. {_CHECK_HELP}"),
+    Option("check", list, "guest", f"look at this only: {', '.join(CHECKS)}; may be given again; {_CHECK_HELP}"),
     Option("mirror", list, "registry", "HOST=MIRROR, a registry to try before HOST; may be given again"),
     Option("insecure-registry", list, "registry", "HOST[:PORT] that may speak plain HTTP; may be given again"),
     Option("authfile", Path, "registry", "credentials, instead of ~/.docker/config.json"),

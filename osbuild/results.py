@@ -195,7 +195,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
 def print_agent(found: AgentBinary) -> None:
     """What a program is, a fact in a line."""
     facts = {
-        "agent": f"{found.name} {found.version}",
+        "agent": " ".join(dict.fromkeys((found.name, found.version))),  # "unknown" once
         "architecture": found.arch,
         "needs": found.interpreter or "nothing: it is static",
         "protocol": found.protocol,

@@ -27,7 +27,7 @@ _NOT_STRINGS: Final = frozenset(("y", "n", "yes", "no", "on", "off", "true", "fa
 _URL: Final = "unknown"  # Kata's word for what it does not know: this project has no address yet
 
 _AGENT: Final = re.compile(
-    r'(?P<head>^agent:\n  url: "[^"\n]*"\n)  name: "(?P<name>[^"\n]*)"\n  version: "[^"\n]*"\n'
+    r'(?P<head>^agent:\n  url: "[^"\n]*"\n)  name: "(?P<name>[^"\n]*)"\n  version: "(?P<version>[^"\n]*)"\n'
     r'(?P<tail>  agent-is-init-daemon: "(?P<init>yes|no)"$)',
     re.MULTILINE,
 )
@@ -84,10 +84,10 @@ def with_agent(text: str, agent: Agent) -> str | None:
     return changed if count == 1 else None
 
 
-def agent_of(text: str) -> tuple[str, bool] | None:
-    """The name of the agent that a summary says is in a guest, and whether it is a service; None when it says none."""
+def agent_of(text: str) -> tuple[str, str, bool] | None:
+    """Name and version of the agent that a summary names, and whether it is a service; None when it names none."""
     found = _AGENT.search(text)
-    return (found["name"], found["init"] == "no") if found else None
+    return (found["name"], found["version"], found["init"] == "no") if found else None
 
 
 def _added(wishes: RootfsSpec) -> list[str]:

@@ -48,7 +48,7 @@ class Swapped:
     """What came of it."""
 
     image: DiskImage
-    before: str  # the agent that was in it
+    before: str  # name and version of the one that was in it
     agent: str  # name and version of the one that is
     initrd: Initrd | None = None  # made again, too
 
@@ -67,7 +67,7 @@ class _Known:
     filesystem: Filesystem
     disk: DiskSpec
     tree: Tree
-    agent: str  # the name of the one that is in it
+    agent: str  # name and version of the one that is in it
     service: bool
     arch: Arch
     epoch: int
@@ -140,7 +140,8 @@ def _understand(path: Path, disk: DiskSpec) -> _Known:
         raise InputError(f"{where} is a qcow2 image", hint=f"qemu-img convert -O raw, or {_BUILD_AGAIN}")
     layout = subject.layout
     if layout is None or layout.outer is None or len(subject.filesystems) != 1:
-        raise InputError(f"{where} is no disk image of osbuilder's, but {subject.kind}", hint=_BUILD_AGAIN)
+        hint = f"in a build's directory name {manifest.NAMES['image']}; else {_BUILD_AGAIN}"
+        raise InputError(f"{where} is no disk image of osbuilder's, but {subject.kind}", hint=hint)
     filesystem = subject.filesystems[0]
     broken = (*layout.problems, *subject.problems, *filesystem.volume.problems)
     if broken:
@@ -164,7 +165,8 @@ def _summary(tree: Tree, where: str) -> tuple[str, bool, int]:
     found = agent_of(text)
     if entry is None or found is None:
         raise InputError(f"{where} was not made by osbuilder: {summary.PATH} names no agent", hint=_BUILD_AGAIN)
-    return *found, (entry.mtime_ns or 0) // _NANO
+    name, version, service = found
+    return f"{name} {version}", service, (entry.mtime_ns or 0) // _NANO
 
 
 def _arch(tree: Tree, service: bool, name: str, where: str) -> Arch:
@@ -304,8 +306,10 @@ def _moved(root: DiskImage | Initrd, home: Path) -> DiskImage | Initrd:
 def lines(done: Swapped) -> Iterator[str]:
     """For people."""
     file = done.image.file
-    yield f"{file.path}: {done.agent} instead of {done.before}, sha256:{file.sha256}"
+    yield f"{file.path}: {done.agent} instead of {done.before}"
+    yield f"  sha256:{file.sha256}"
     if done.image.verity is not None:
         yield done.image.verity.params
     if done.initrd is not None:
-        yield f"{done.initrd.file.path}: made again, sha256:{done.initrd.file.sha256}"
+        yield f"{done.initrd.file.path}: made again"
+        yield f"  sha256:{done.initrd.file.sha256}"

@@ -158,7 +158,7 @@ def test_any_byte_of_the_headers_may_be_wrong(agent: File) -> None:
 
 @pytest.mark.parametrize(
     ("body", "complaint"),
-    [("exec sleep 60", "did not end"), ("echo hello", "names no version"), ("exit 3", "exited with 3"),
+    [("exec sleep 60", "did not end"), ("echo hello", "is no NAME VERSION"), ("exit 3", "exited with 3"),
      ("while :; do echo 12345678901234567890; done", "killed|SIGXFSZ|exited")],
 )  # fmt: skip
 def test_a_program_that_does_not_say_its_version_is_refused(

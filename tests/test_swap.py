@@ -258,6 +258,9 @@ def test_what_is_no_image_of_ours_is_refused(plain: Path, agents: dict[str, str]
     ):
         other.write_bytes(data)
         refused(other, agents["kata"], complaint)
+    with pytest.raises(InputError, match="is not a regular file") as caught:
+        swap.swap(tmp_path, agents["kata"], default_cache())
+    assert caught.value.hint == "name a file in it"
     draft = make_image(tmp_path / "j", member("sbin/init", b"x")).tree.edit()
     tree = Tree({path: dataclasses.replace(entry, mtime_ns=0) for path, entry in draft.tree().items()})
     rootfs = Rootfs(tree=tree, init="/sbin/init", epoch=0)
@@ -300,7 +303,7 @@ def test_a_guest_with_a_swapped_agent_boots_and_names_it(
     build((image, "agent"), find(agents, "own"), DISKS[name], tmp_path / "a.img")
     done = swap.swap(tmp_path / "a.img", agents["kata"], default_cache())
     root = done.image.through_verity() if done.image.verity else done.image
-    machine = Machine(kernel=boot_kernel, root=root, accel="tcg", agent=done.agent)
+    machine = Machine(kernel=boot_kernel, root=root, accel="tcg", agent=done.agent, transport="serial")
     report = smoke.run(machine, tmp_path / "work", seconds=60)
     assert report.verdict is Verdict.passed, report.reason
     assert {check.name: check.detail for check in report.checks}["agent.version"].startswith(FOREIGN)

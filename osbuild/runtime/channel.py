@@ -34,6 +34,7 @@ SET_GUEST_CID: Final = 0x4008AF60  # VHOST_VSOCK_SET_GUEST_CID, linux/vhost.h; t
 CIDS: Final = range(3, (1 << 32) - 1)  # 0 to 2 and the last have meanings: vsock(7)
 
 _CLAIMS: Final = 50  # random numbers of 32 bits: two that are taken in a row would be odd already
+_NO_VHOST: Final = f"modprobe vhost_vsock; or --transport serial, or vhost-user-vsock, which needs {DAEMON}"
 _USER_CID: Final = 3  # each vhost-device-vsock of ours has one guest, which nobody else sees
 _DAEMON_SECONDS: Final = 10.0
 
@@ -137,7 +138,7 @@ def choose(wish: str, agent: str, host: Abilities) -> str:
             hint=f"modprobe vhost_vsock, or cargo install {DAEMON}; --transport serial tries the serial port",
         )
     if wish == "vsock" and not host.vhost:
-        raise HostError(f"{VHOST} cannot be opened", hint=f"modprobe vhost_vsock, or {DAEMON} on PATH")
+        raise HostError(f"{VHOST} cannot be opened", hint=_NO_VHOST)
     if wish == "vhost-user-vsock" and not host.daemon:
         raise HostError(f"{DAEMON} is not installed", hint=f"cargo install {DAEMON}, or --transport serial")
     return wish
