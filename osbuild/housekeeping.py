@@ -73,6 +73,7 @@ _ROWS: Final = (
     _Row(
         "kernel-source", rf"{STAGING}({_HEX}(?:-[0-9a-f]{{16}})?)", "leftover", lock="kernel-source-{key}", shared=True
     ),
+    _Row("zig", r"[a-z]{1,8}", "scratch", shared=True),  # its own cache: a libc, compiled once
     _CCACHE,
     _IMAGE,
     _Row(IMAGES, r"\.making-\w{6}", "leftover"),
