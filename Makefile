@@ -9,7 +9,8 @@ OUT ?= out/demo
 .PHONY: help
 help:
 	@echo 'make demo    build a real Docker image into guests and boot them (OUT=$(OUT))'
-	@echo 'make test    the whole test suite'
+	@echo 'make test    the test suite, boots included'
+	@echo 'make test-slow  what takes minutes each'
 	@echo 'make lint    style and types'
 	@echo 'make bench   measure osbuilder beside what it replaces'
 	@echo 'make kernel  only the guest kernel, into the cache'
@@ -28,7 +29,11 @@ demo: setup
 
 .PHONY: test
 test: setup kernel
-	$(VENV)/bin/pytest -n 2 --dist loadgroup
+	$(VENV)/bin/pytest -n 2 --dist loadgroup -m 'not slow'
+
+.PHONY: test-slow
+test-slow: setup kernel
+	$(VENV)/bin/pytest -n 2 --dist loadgroup -m slow
 
 .PHONY: lint
 lint: setup

@@ -28,7 +28,7 @@ __all__ = ["boot_kernel", "boot_rootfs"]  # fixtures
 SECONDS: Final = 120.0
 SILENCE: Final = 20.0  # after which a guest that is too small will not answer any more
 # This much of what is stated is too little: where the tmpfs's half of the memory decides, and where all of it does.
-TIGHT: Final = 0.95
+TIGHT: Final = 0.93  # it is stated in whole MiB, and 100 of the 106 stated for 10,000 long paths were seen to be enough
 LOOSE: Final = 0.75
 
 # Shapes. What fills an initramfs lies in /bulk, before the agent in /sbin: if not all of it fits, the agent is missing.
