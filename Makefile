@@ -4,16 +4,28 @@ VENV := .venv
 PYTHON ?= python3
 OUT ?= out/demo
 
+OSBUILDER := $(VENV)/bin/osbuilder
+
+# Tests start hundreds of commands: each would compile all its modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
+
+# kernel, image, initrd, smoke, publish: of any IMAGE, with what stands in an osbuild.toml if there is one.
+include docs/ci/guest.mk
+kernel $(OUT)/manifest.json: | setup
 
 .PHONY: help
 help:
 	@echo 'make demo    build a real Docker image into guests and boot them (OUT=$(OUT))'
 	@echo 'make test    the test suite, boots included'
 	@echo 'make test-slow  what takes minutes each'
+	@echo 'make test-long  more of that: what does not fit into the hour that CI has'
 	@echo 'make lint    style and types'
 	@echo 'make bench   measure osbuilder beside what it replaces'
-	@echo 'make kernel  only the guest kernel, into the cache'
+	@echo 'make test-kernels  every kernel compiled, and the same bytes again: up to an hour'
+	@echo 'make image initrd smoke IMAGE=oci:DIR OUT=out/mine    guests of any image; publish REGISTRY=HOST/NAME:TAG'
+	@echo 'make kernel  only the guest kernel, into the cache; make kernels: those for tests of aarch64 and of features, too'
 	@echo 'make setup   install what is missing (Debian packages when root, and $(VENV))'
 
 .PHONY: setup
@@ -29,11 +41,15 @@ demo: setup
 
 .PHONY: test
 test: setup kernel
-	$(VENV)/bin/pytest -n 2 --dist loadgroup -m 'not slow'
+	$(VENV)/bin/pytest -n 2 --dist loadgroup -m 'not slow and not long and not compiles'
 
 .PHONY: test-slow
 test-slow: setup kernel
-	$(VENV)/bin/pytest -n 2 --dist loadgroup -m slow
+	$(VENV)/bin/pytest -n 2 --dist loadgroup -m 'slow and not long and not compiles'
+
+.PHONY: test-long
+test-long: setup kernel
+	$(VENV)/bin/pytest -n 2 --dist loadgroup -m 'long and not compiles'
 
 .PHONY: lint
 lint: setup
@@ -43,9 +59,16 @@ lint: setup
 bench: setup kernel
 	$(VENV)/bin/python -m bench
 
-.PHONY: kernel
-kernel: setup
-	$(VENV)/bin/osbuilder kernel build
+# The tests skip what needs one of these and is not there.
+.PHONY: kernels
+kernels: kernel
+	$(VENV)/bin/osbuilder kernel build --arch aarch64
+	$(VENV)/bin/osbuilder kernel build --with xfs
+	$(VENV)/bin/osbuilder kernel build $(foreach file,$(wildcard kernel-configs/feature/*.conf),--with $(basename $(notdir $(file))))
+
+.PHONY: test-kernels
+test-kernels: kernels
+	$(VENV)/bin/pytest -m compiles
 
 .PHONY: clean
 clean:

@@ -14,8 +14,8 @@ struct capabilities {
 };
 
 /* INVALID_ARGUMENT for a name that is none. NULL lists nothing. CAP_MKNOD is left out unless allowed: who can make a
- * node for the disk that the guest's root is on owns the guest (CVE-2026-24834). That disk is out of reach by the
- * cgroup's rule on devices all the same. */
+ * node for the disk that the guest's root is on owns the guest (CVE-2026-24834). The cgroup's
+ * rule on devices denies that disk all the same. */
 bool capabilities_read(const struct oci_capabilities *names, bool allow_mknod, struct capabilities *capabilities,
                        struct failure *failure);
 /* Before the user changes: what is not in the bounding set goes for good, and the others outlast the change. */

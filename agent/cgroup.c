@@ -109,6 +109,15 @@ static const char *find_home(void)
     return home;
 }
 
+int cgroup_open_home(void)
+{
+    const char *home = find_home();
+    if (home != NULL)
+        return open_directory(AT_FDCWD, home);
+    errno = ENOENT;
+    return -1;
+}
+
 /* --- making one --- */
 
 /* Each by itself: one that cannot be had must not cost the others. */

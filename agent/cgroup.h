@@ -26,6 +26,13 @@ bool cgroup_limit(const struct cgroup *cgroup, const struct oci_resources *resou
 bool cgroup_limit_devices(struct cgroup *cgroup, const struct oci_device *devices, size_t count,
                           const struct oci_resources *resources, const dev_t *denied, size_t denied_count,
                           struct failure *failure);
+/* Deny block devices to all that is below the agent's own cgroup. What a container's cgroup says, the container can take
+ * away if it has CAP_SYS_ADMIN: it mounts its cgroup, and to detach a program from a cgroup that one can open needs no
+ * capability. This cgroup is above the root of every container's cgroup namespace. Again: replaces what was said
+ * before, also by an agent before this one. Nothing is said in the first cgroup of a machine whose PID 1 is another. */
+bool cgroup_deny_to_all(const dev_t *denied, size_t count, struct failure *failure);
+/* The cgroup above all containers; -1 and errno. */
+int cgroup_open_home(void);
 /* Done when cgroup_is_frozen says so: the kernel waits for processes that are in the middle of something. */
 bool cgroup_freeze(const struct cgroup *cgroup, bool frozen, struct failure *failure);
 bool cgroup_is_frozen(const struct cgroup *cgroup);

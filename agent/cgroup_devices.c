@@ -17,10 +17,14 @@
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
+#define GUARD "osbuilder_guard" /* the kernel keeps 15 characters */
+
 enum {
     MOST_ROWS = 512, /* rules, devices and denials of one container */
     ROW_SIZE = 5, /* instructions, at most */
     FRAME_SIZE = 16, /* before and behind them, at most */
+    MOST_ATTACHED = 64, /* programs of one kind on one cgroup, says the kernel */
+    MOST_GUARDED = 64, /* devices denied to all */
     ALL = BPF_DEVCG_ACC_READ | BPF_DEVCG_ACC_WRITE | BPF_DEVCG_ACC_MKNOD,
     ANY = -1,
 };
@@ -226,7 +230,7 @@ static int call_bpf(int command, union bpf_attr *attributes)
     return (int)syscall(SYS_bpf, command, attributes, sizeof *attributes);
 }
 
-static int load(const struct program *program)
+static int load(const struct program *program, const char *name)
 {
     union bpf_attr attributes;
     memset(&attributes, 0, sizeof attributes);
@@ -234,6 +238,7 @@ static int load(const struct program *program)
     attributes.insns = (uintptr_t)program->rows;
     attributes.insn_cnt = (uint32_t)program->count;
     attributes.license = (uintptr_t) "Apache-2.0";
+    strcpy(attributes.prog_name, name);
     return call_bpf(BPF_PROG_LOAD, &attributes); /* the descriptor is close-on-exec */
 }
 
@@ -294,8 +299,108 @@ bool cgroup_limit_devices(struct cgroup *cgroup, const struct oci_device *device
     if (able) {
         emit_usual(&program);
         emit_end(&program);
-        able = replace(cgroup, load(&program), failure);
+        able = replace(cgroup, load(&program, "container"), failure);
     }
     free(program.rows);
     return able;
+}
+
+/* --- above all containers --- */
+
+static bool get_info(int program, struct bpf_prog_info *info)
+{
+    union bpf_attr attributes;
+    memset(&attributes, 0, sizeof attributes);
+    memset(info, 0, sizeof *info);
+    attributes.info.bpf_fd = (uint32_t)program;
+    attributes.info.info_len = sizeof *info;
+    attributes.info.info = (uintptr_t)info;
+    return call_bpf(BPF_OBJ_GET_INFO_BY_FD, &attributes) == 0;
+}
+
+static size_t list_attached(int cgroup, uint32_t ids[MOST_ATTACHED])
+{
+    union bpf_attr attributes;
+    memset(&attributes, 0, sizeof attributes);
+    attributes.query.target_fd = (uint32_t)cgroup;
+    attributes.query.attach_type = BPF_CGROUP_DEVICE;
+    attributes.query.prog_ids = (uintptr_t)ids;
+    attributes.query.prog_cnt = MOST_ATTACHED;
+    return call_bpf(BPF_PROG_QUERY, &attributes) == 0 ? attributes.query.prog_cnt : 0;
+}
+
+/* The guard with this number, open; -1: it is none. */
+static int open_guard(uint32_t id, struct bpf_prog_info *info)
+{
+    union bpf_attr attributes;
+    memset(&attributes, 0, sizeof attributes);
+    attributes.prog_id = id;
+    int program = call_bpf(BPF_PROG_GET_FD_BY_ID, &attributes);
+    if (program < 0 || (get_info(program, info) && strcmp(info->name, GUARD) == 0))
+        return program;
+    close(program);
+    return -1;
+}
+
+/* One guard and no more, however often this is done and by however many agents after each other: the one that says
+ * the same (the tag is a hash of what it says) stays, any other goes. */
+static bool post_guard(int cgroup, int guard)
+{
+    struct bpf_prog_info wanted;
+    struct bpf_prog_info found;
+    uint32_t ids[MOST_ATTACHED];
+    size_t count = list_attached(cgroup, ids);
+    int old[MOST_ATTACHED];
+    size_t old_count = 0;
+    bool posted = false;
+    if (!get_info(guard, &wanted))
+        return false;
+    for (size_t i = 0; i < count; i++) {
+        int program = open_guard(ids[i], &found);
+        if (program >= 0 && !posted && memcmp(found.tag, wanted.tag, sizeof found.tag) == 0) {
+            posted = true;
+            close(program);
+        } else if (program >= 0) {
+            old[old_count++] = program;
+        }
+    }
+    posted = posted || attach(BPF_PROG_ATTACH, cgroup, guard);
+    int number = errno;
+    for (size_t i = 0; i < old_count; i++) {
+        if (posted)
+            attach(BPF_PROG_DETACH, cgroup, old[i]);
+        close(old[i]);
+    }
+    errno = number;
+    return posted;
+}
+
+/* Somebody's machine, on which the agent was started by hand, and not from PID 1: the guard would stay when the agent
+ * has gone, and keep that machine from its own disk. The first of all cgroups is the one without a type. */
+static bool is_a_hosts(int home)
+{
+    return getpid() != 1 && faccessat(home, "cgroup.type", F_OK, 0) != 0;
+}
+
+bool cgroup_deny_to_all(const dev_t *denied, size_t count, struct failure *failure)
+{
+    struct bpf_insn rows[MOST_GUARDED * ROW_SIZE + FRAME_SIZE];
+    struct program program = {rows, 0};
+    if (count == 0)
+        return true;
+    if (count > MOST_GUARDED)
+        return failure_set(failure, TTRPC_RESOURCE_EXHAUSTED, "more than %d devices to deny", MOST_GUARDED);
+    emit_begin(&program);
+    emit_denied(&program, denied, count);
+    emit_answer(&program, true);
+    int guard = load(&program, GUARD);
+    if (guard < 0)
+        return refuse(failure);
+    int home = cgroup_open_home();
+    bool posted = (home >= 0 && (is_a_hosts(home) || post_guard(home, guard))) ||
+                  failure_errno(failure, "cannot deny a device to all containers");
+    if (home >= 0)
+        close(home);
+    close(guard);
+    return posted;
 }

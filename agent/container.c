@@ -2,12 +2,12 @@
 #define _GNU_SOURCE
 #include "container.h"
 
+#include "bundle.h"
 #include "clock.h"
 #include "containers.h"
 #include "log.h"
 #include "sandbox.h"
 #include "storage.h"
-#include "tree.h"
 
 #include <ctype.h>
 #include <signal.h>
@@ -17,7 +17,6 @@
 #include <unistd.h>
 
 #define SUBSYSTEM "container"
-#define BUNDLES "/run/kata-containers/"
 
 enum {
     KEPT_MS = 1000, /* after a status was told: for the calls that asked before, all of which are tried at once */
@@ -159,15 +158,13 @@ static void free_processes(struct container *container)
 
 void container_release(struct container *container)
 {
-    char bundle[sizeof BUNDLES + ID_SIZE];
     oom_forget(container);
     free_processes(container);
     if (container->cgroup.directory >= 0)
         cgroup_remove(&container->cgroup);
     seccomp_reset(&container->filter);
     storage_release(container->id);
-    snprintf(bundle, sizeof bundle, BUNDLES "%s", container->id);
-    tree_remove(bundle);
+    bundle_remove(container->id);
     arena_reset(&container->arena);
     container->request = (struct create_container_request){0};
 }

@@ -133,8 +133,7 @@ static enum ttrpc_status close_stdin(struct ttrpc_call *call)
     struct process *process = look_up(call, request.container_id, request.exec_id);
     if (process == NULL)
         return call->failure.status;
-    process_close_input(process);
-    return TTRPC_OK;
+    return process_close_input(process, call);
 }
 
 static enum ttrpc_status tty_win_resize(struct ttrpc_call *call)

@@ -2,13 +2,13 @@
 #define _GNU_SOURCE
 #include "containers.h"
 
+#include "bundle.h"
 #include "clock.h"
 #include "identity.h"
 #include "kernel_settings.h"
 #include "log.h"
 #include "sandbox.h"
 #include "storage.h"
-#include "tree.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -22,7 +22,6 @@
 #include <unistd.h>
 
 #define SUBSYSTEM "container"
-#define BUNDLES "/run/kata-containers/"
 #define ALLOW_MKNOD "io.osbuilder.allow-mknod"
 
 enum { ROOT_DEVICES = 16 };
@@ -61,6 +60,22 @@ static bool is_directory_of_sandbox(const char *id)
     return strcmp(id, "shared") == 0 || strcmp(id, "sandbox") == 0;
 }
 
+/* Who asks for what is not served must hear it: a runtime that passes ports waits for output on them. */
+static bool check_ports(uint32_t in, uint32_t out, uint32_t err, struct failure *failure)
+{
+    return (in | out | err) == 0 ||
+           failure_set(failure, TTRPC_UNIMPLEMENTED, "streams on vsock ports of their own (stdin_port, stdout_port, "
+                                                     "stderr_port) are not served: agent.passfd_listener_port must be 0");
+}
+
+static bool check_served(const struct create_container_request *request, struct failure *failure)
+{
+    if (request->shared_mounts.count > 0)
+        return failure_set(failure, TTRPC_UNIMPLEMENTED, "mounts shared between containers are not served: %.100s",
+                           request->shared_mounts.items[0].name);
+    return check_ports(request->stdin_port, request->stdout_port, request->stderr_port, failure);
+}
+
 static bool check_request(const struct create_container_request *request, struct failure *failure)
 {
     const struct oci_spec *spec = request->oci;
@@ -74,7 +89,7 @@ static bool check_request(const struct create_container_request *request, struct
         return bad(failure, "the description of the container lists no namespaces");
     if (spec->root->path[0] != '/')
         return bad(failure, "the path of the container's root is not absolute");
-    return check_process(spec->process, failure) && check_mounts(spec, failure);
+    return check_process(spec->process, failure) && check_mounts(spec, failure) && check_served(request, failure);
 }
 
 static const char *annotation(const struct oci_spec *spec, const char *key)
@@ -131,9 +146,10 @@ static enum ttrpc_status find_devices(struct create_container_request *request, 
     return TTRPC_OK;
 }
 
-static bool limit_devices(struct container *container, struct failure *failure)
+/* What leads to the root is refused before there is anything of the container, and to all containers at once: a
+ * container may take off what is said of its own cgroup. */
+static bool deny_root(const struct oci_linux *about, struct failure *failure)
 {
-    const struct oci_linux *about = container->request.oci->linux_;
     dev_t denied[ROOT_DEVICES];
     size_t count = storage_root_devices(denied, ROOT_DEVICES);
     for (size_t i = 0; i < about->devices.count; i++) {
@@ -143,6 +159,14 @@ static bool limit_devices(struct container *container, struct failure *failure)
                 return failure_set(failure, TTRPC_PERMISSION_DENIED, "%.100s would be this guest's own root",
                                    device->path);
     }
+    return cgroup_deny_to_all(denied, count, failure);
+}
+
+static bool limit_devices(struct container *container, struct failure *failure)
+{
+    const struct oci_linux *about = container->request.oci->linux_;
+    dev_t denied[ROOT_DEVICES];
+    size_t count = storage_root_devices(denied, ROOT_DEVICES);
     return cgroup_limit_devices(&container->cgroup, about->devices.items, about->devices.count, about->resources,
                                 denied, count, failure);
 }
@@ -302,19 +326,15 @@ static bool prepare(struct container *container, struct plan *plan, struct failu
     const struct oci_spec *spec = container->request.oci;
     const char *path = spec->linux_->cgroups_path;
     char usual[ID_SIZE + 8];
-    char bundle[sizeof BUNDLES + ID_SIZE];
     snprintf(usual, sizeof usual, "/kata/%s", container->id);
-    snprintf(bundle, sizeof bundle, BUNDLES "%s", container->id);
     container->allow_mknod = strcmp(annotation(spec, ALLOW_MKNOD), "true") == 0;
     container->shares_pids = container->request.sandbox_pidns || sandbox_shares_pids();
     if (!capabilities_read(spec->process->capabilities, container->allow_mknod, &plan->capabilities, failure) ||
         !seccomp_compile(spec->linux_->seccomp, &container->filter, failure) ||
-        !plan_namespaces(plan, container, failure))
+        !plan_namespaces(plan, container, failure) || !bundle_make(container->id, spec, failure))
         return false;
-    if (!tree_make(bundle, 0755))
-        return failure_errno(failure, "cannot make %.100s", bundle);
     return cgroup_create(&container->cgroup, path[0] == '\0' ? usual : path, failure) &&
-           cgroup_limit(&container->cgroup, spec->linux_->resources, failure);
+           deny_root(spec->linux_, failure) && cgroup_limit(&container->cgroup, spec->linux_->resources, failure);
 }
 
 static bool make(struct container *container, struct failure *failure)
@@ -467,7 +487,8 @@ static bool check_exec(const struct container *container, const struct exec_proc
         return failure_set(failure, TTRPC_FAILED_PRECONDITION, "the container %.100s does not run", container->id);
     if (process_count() >= PROCESSES)
         return failure_set(failure, TTRPC_RESOURCE_EXHAUSTED, "there are too many processes");
-    return check_process(request->process, failure);
+    return check_process(request->process, failure) &&
+           check_ports(request->stdin_port, request->stdout_port, request->stderr_port, failure);
 }
 
 static bool plan_exec(struct plan *plan, const struct container *container, struct failure *failure)

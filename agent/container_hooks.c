@@ -1,72 +1,24 @@
 #define _GNU_SOURCE
 #include "container_hooks.h"
 
+#include "bundle.h"
+#include "json.h"
 #include "program.h"
-
-#include <stdio.h>
-#include <string.h>
-
-#define VERSION "1.0.2"
-#define BUNDLES "/run/kata-containers/"
 
 enum { MOST_WORDS = 256, SECONDS = 30 };
 
-static void put(struct buffer *out, const char *text)
-{
-    buffer_append(out, text, strlen(text));
-}
-
-static void put_text(struct buffer *out, const char *text)
-{
-    put(out, "\"");
-    for (; *text != '\0'; text++) {
-        char escaped[8];
-        unsigned char byte = (unsigned char)*text;
-        if (byte == '"' || byte == '\\')
-            snprintf(escaped, sizeof escaped, "\\%c", byte);
-        else if (byte < 0x20)
-            snprintf(escaped, sizeof escaped, "\\u%04x", byte);
-        else
-            snprintf(escaped, sizeof escaped, "%c", byte);
-        put(out, escaped);
-    }
-    put(out, "\"");
-}
-
-static void put_member(struct buffer *out, const char *name, const char *value)
-{
-    put_text(out, name);
-    put(out, ":");
-    put_text(out, value);
-    put(out, ",");
-}
-
-static void put_annotations(struct buffer *out, const struct pairs *annotations)
-{
-    put(out, "\"annotations\":{");
-    for (size_t i = 0; annotations != NULL && i < annotations->count; i++) {
-        put(out, i == 0 ? "" : ",");
-        put_text(out, annotations->items[i].key);
-        put(out, ":");
-        put_text(out, annotations->items[i].value);
-    }
-    put(out, "}");
-}
-
 void container_hooks_put_state(struct buffer *out, const struct container_hooks_state *state)
 {
-    char number[40];
-    char bundle[320];
-    snprintf(number, sizeof number, "\"pid\":%ld,", (long)state->pid);
-    snprintf(bundle, sizeof bundle, BUNDLES "%.255s", state->id);
-    put(out, "{");
-    put_member(out, "ociVersion", VERSION);
-    put_member(out, "id", state->id);
-    put_member(out, "status", state->status);
-    put(out, number);
-    put_member(out, "bundle", bundle);
-    put_annotations(out, state->annotations);
-    put(out, "}");
+    char bundle[BUNDLE_SIZE];
+    bundle_path(state->id, bundle);
+    json_begin(out, NULL, '{');
+    json_text(out, "ociVersion", BUNDLE_VERSION);
+    json_text(out, "id", state->id);
+    json_text(out, "status", state->status);
+    json_number(out, "pid", state->pid);
+    json_text(out, "bundle", bundle);
+    json_pairs(out, "annotations", state->annotations);
+    json_end(out, '}');
     buffer_append(out, "", 1);
 }
 

@@ -3,6 +3,7 @@
 
 #include "clock.h"
 #include "place.h"
+#include "small_file.h"
 #include "storage.h"
 
 #include <dirent.h>
@@ -32,16 +33,6 @@ static enum ttrpc_status missing(struct failure *failure, const char *kind, cons
 {
     failure_set(failure, TTRPC_INTERNAL, "waited in vain for a block device (%s) at %.100s", kind, where);
     return TTRPC_LATER;
-}
-
-static void write_text(const char *path, const char *text)
-{
-    int file = open(path, O_WRONLY | O_CLOEXEC);
-    if (file < 0)
-        return;
-    if (write(file, text, strlen(text)) < 0) { /* then nothing was found, and that is what will be said */
-    }
-    close(file);
 }
 
 static bool is_time(int64_t *last)
@@ -201,7 +192,7 @@ enum ttrpc_status device_find_pci(const char *where, char *directory, struct fai
     if (find_pci(&path, directory))
         return TTRPC_OK;
     if (is_time(&last_scan))
-        write_text("/sys/bus/pci/rescan", "1");
+        (void)small_file_write("/sys/bus/pci/rescan", "1");
     if (find_pci(&path, directory))
         return TTRPC_OK;
     failure_set(failure, TTRPC_INTERNAL, "waited in vain for a device on PCI at %.100s", where);
@@ -245,7 +236,7 @@ static void scan_hosts(unsigned long id, unsigned long lun)
         snprintf(path, sizeof path, "/sys/class/scsi_host/%s/scan", host->d_name);
         snprintf(address, sizeof address, "0 %lu %lu", id, lun);
         if (host->d_name[0] != '.')
-            write_text(path, address);
+            (void)small_file_write(path, address);
     }
     closedir(hosts);
 }
@@ -381,14 +372,7 @@ static bool read_number(const char *path, dev_t *number)
     char text[32];
     unsigned int major_number;
     unsigned int minor_number;
-    int file = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t got = file < 0 ? -1 : read(file, text, sizeof text - 1);
-    if (file >= 0)
-        close(file);
-    if (got <= 0)
-        return false;
-    text[got] = '\0';
-    if (sscanf(text, "%u:%u", &major_number, &minor_number) != 2)
+    if (!small_file_read(path, text, sizeof text) || sscanf(text, "%u:%u", &major_number, &minor_number) != 2)
         return false;
     *number = makedev(major_number, minor_number);
     return true;

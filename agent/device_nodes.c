@@ -27,8 +27,9 @@ static const struct {
     const char *target;
 } links[] = {
     {"/dev/fd", "/proc/self/fd"},        {"/dev/stdin", "/proc/self/fd/0"}, {"/dev/stdout", "/proc/self/fd/1"},
-    {"/dev/stderr", "/proc/self/fd/2"},  {"/dev/core", "/proc/kcore"},      {"/dev/ptmx", "pts/ptmx"},
+    {"/dev/stderr", "/proc/self/fd/2"},  {"/dev/ptmx", "pts/ptmx"},
 };
+static const char core[] = "/proc/kcore"; /* few kernels of guests have it */
 
 static bool node_mode(const struct oci_device *device, mode_t *mode)
 {
@@ -98,6 +99,8 @@ bool device_nodes_make(int root, const struct oci_device *devices, size_t count,
         made = make_device(root, &devices[i], failure);
     for (size_t i = 0; made && i < sizeof links / sizeof links[0]; i++)
         made = make_link(root, links[i].path, links[i].target, failure);
+    if (made && access(core, F_OK) == 0)
+        made = make_link(root, "/dev/core", core, failure);
     umask(mask);
     return made;
 }

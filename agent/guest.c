@@ -3,6 +3,7 @@
 
 #include "log.h"
 #include "mountinfo.h"
+#include "small_file.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -51,27 +52,6 @@ static void warn(const char *message, const char *what)
 {
     int number = errno;
     LOG(LOG_WARN, SUBSYSTEM, message, LOG_STRING("what", what), LOG_ERRNO(number));
-}
-
-/* The text of a small file without its last newline; false, and empty, when it cannot be read. */
-static bool read_text(const char *path, char *text, size_t size)
-{
-    text[0] = '\0';
-    int file = open(path, O_RDONLY | O_CLOEXEC);
-    if (file < 0)
-        return false;
-    size_t have = 0;
-    ssize_t got;
-    do {
-        got = read(file, text + have, size - 1 - have);
-        if (got > 0)
-            have += (size_t)got;
-    } while ((got > 0 && have < size - 1) || (got < 0 && errno == EINTR));
-    close(file);
-    if (have > 0 && text[have - 1] == '\n')
-        have--;
-    text[have] = '\0';
-    return got >= 0;
 }
 
 /* --- mounts --- */
@@ -211,7 +191,7 @@ static void link_ptmx(void)
 static void set_hostname(void)
 {
     char text[256];
-    read_text("/etc/hostname", text, sizeof text);
+    small_file_read("/etc/hostname", text, sizeof text);
     const char *name = text + strspn(text, " \t\r\n");
     size_t size = strcspn(name, " \t\r\n");
     if (size == 0) {
@@ -301,7 +281,7 @@ bool guest_word(const char *name, char *value, size_t size)
     size_t length = strlen(name);
     bool found = false;
     value[0] = '\0';
-    if (!read_text(CMDLINE, words, sizeof words))
+    if (!small_file_read(CMDLINE, words, sizeof words))
         return false;
     for (char *word = next_word(&rest); word != NULL; word = next_word(&rest))
         /* As in the kernel, a later word wins. */
@@ -318,7 +298,7 @@ bool guest_flag(const char *name)
     char *rest = words;
     size_t length = strlen(name);
     bool found = false;
-    if (!read_text(CMDLINE, words, sizeof words))
+    if (!small_file_read(CMDLINE, words, sizeof words))
         return false;
     for (char *word = next_word(&rest); word != NULL; word = next_word(&rest)) {
         if (strncmp(word, name, length) != 0 || (word[length] != '\0' && word[length] != '='))
@@ -332,7 +312,7 @@ bool guest_flag(const char *name)
 uint64_t guest_memory_block_size(void)
 {
     char text[32];
-    if (!read_text(MEMORY "block_size_bytes", text, sizeof text))
+    if (!small_file_read(MEMORY "block_size_bytes", text, sizeof text))
         return 0;
     return strtoull(text, NULL, 16);
 }

@@ -5,10 +5,10 @@
 #include "guest.h"
 #include "log.h"
 #include "loop.h"
+#include "small_file.h"
 
 #include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <linux/netlink.h>
 #include <stdio.h>
@@ -58,18 +58,6 @@ int64_t hotplug_timeout_ms(void)
 
 /* --- what is offline --- */
 
-static bool write_text(const char *path, const char *text)
-{
-    int file = open(path, O_WRONLY | O_CLOEXEC);
-    if (file < 0)
-        return false;
-    bool good = write(file, text, strlen(text)) == (ssize_t)strlen(text);
-    int number = errno;
-    close(file);
-    errno = number;
-    return good;
-}
-
 /* "memory12" of "memory": a name, and digits behind it. */
 static bool is_numbered(const char *name, const char *kind)
 {
@@ -82,13 +70,8 @@ static bool is_numbered(const char *name, const char *kind)
 /* False: it is online, or nothing that can be switched. */
 static bool is_offline(const char *path)
 {
-    char digit = '1';
-    int file = open(path, O_RDONLY | O_CLOEXEC);
-    if (file < 0)
-        return false;
-    bool offline = read(file, &digit, 1) == 1 && digit == '0';
-    close(file);
-    return offline;
+    char digit[2];
+    return small_file_read(path, digit, sizeof digit) && digit[0] == '0';
 }
 
 /* Memory is made available only where nothing of it is in use yet: that may fail, and is tried again when asked. */
@@ -98,7 +81,7 @@ static void bring_online(const char *kind, const char *name)
     snprintf(path, sizeof path, SYSTEM "%s/%.255s/online", kind, name);
     if (!is_offline(path))
         return;
-    if (write_text(path, "1")) {
+    if (small_file_write(path, "1")) {
         LOG(LOG_INFO, SUBSYSTEM, "brought online", LOG_STRING("what", name));
         return;
     }
@@ -110,12 +93,8 @@ static void bring_online(const char *kind, const char *name)
 static unsigned long count_online_cpus(void)
 {
     char text[4096];
-    int file = open(SYSTEM "cpu/online", O_RDONLY | O_CLOEXEC);
-    if (file < 0)
+    if (!small_file_read(SYSTEM "cpu/online", text, sizeof text))
         return 0;
-    ssize_t size = read(file, text, sizeof text - 1);
-    close(file);
-    text[size > 0 ? size : 0] = '\0';
     unsigned long count = 0;
     for (char *at = text; *at >= '0' && *at <= '9';) {
         unsigned long first = strtoul(at, &at, 10);
@@ -243,7 +222,7 @@ static enum ttrpc_status mem_hotplug_by_probe(struct ttrpc_call *call)
     for (size_t i = 0; i < request.addresses.count; i++) {
         char text[32];
         snprintf(text, sizeof text, "0x%" PRIX64, request.addresses.items[i]);
-        if (!write_text(PROBE, text)) {
+        if (!small_file_write(PROBE, text)) {
             failure_errno(&call->failure, "cannot announce memory at %s in " PROBE, text);
             break;
         }

@@ -1,13 +1,13 @@
 #define _GNU_SOURCE
 #include "hugepages.h"
 
+#include "small_file.h"
+
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 /* 2097152, 2M, 1G: as the kernel reads it. 0: none, or no size. */
 static uint64_t parse_size(const char *text)
@@ -41,13 +41,8 @@ static uint64_t find_size(const struct storage *storage, const char *name)
 static bool read_count(const char *path, uint64_t *count)
 {
     char text[32];
-    int file = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t got = file < 0 ? -1 : read(file, text, sizeof text - 1);
-    if (file >= 0)
-        close(file);
-    if (got <= 0)
+    if (!small_file_read(path, text, sizeof text) || *text == '\0')
         return false;
-    text[got] = '\0';
     *count = strtoull(text, NULL, 10);
     return true;
 }
@@ -55,12 +50,8 @@ static bool read_count(const char *path, uint64_t *count)
 static bool write_count(const char *path, uint64_t count)
 {
     char text[32];
-    int size = snprintf(text, sizeof text, "%" PRIu64, count);
-    int file = open(path, O_WRONLY | O_CLOEXEC);
-    bool done = file >= 0 && write(file, text, (size_t)size) == size;
-    if (file >= 0)
-        close(file);
-    return done;
+    snprintf(text, sizeof text, "%" PRIu64, count);
+    return small_file_write(path, text);
 }
 
 bool hugepages_allocate(const struct storage *storage, struct failure *failure)

@@ -64,7 +64,7 @@ static bool find_user(int root, const char *name, uint32_t *uid, uint32_t *group
             *uid = number;
             if (line.count <= GROUP || !parse_number(line.fields[GROUP], group))
                 *group = 0;
-            if (line.count > HOME && line.fields[HOME][0] == '/')
+            if (line.count > HOME) /* as it is, like runc and Kata's agent: an empty one, too */
                 snprintf(home, IDENTITY_HOME, "%s", line.fields[HOME]);
         }
     }

@@ -14,7 +14,7 @@ struct identity {
     gid_t gid;
     gid_t groups[IDENTITY_GROUPS];
     size_t group_count;
-    char home[IDENTITY_HOME]; /* what /etc/passwd says; "/" when it does not */
+    char home[IDENTITY_HOME]; /* what /etc/passwd says; "/" of whom it does not know */
 };
 
 /* `root`: a descriptor of the container's root. `names` may be NULL, and then `user` says all. */

@@ -71,6 +71,24 @@ static void set_log_level(void)
         LOG(LOG_WARN, SUBSYSTEM, "agent.log knows no such level", LOG_STRING("level", word));
 }
 
+/* Words of Kata's agent that change what a runtime expects, and that mean nothing here. */
+static void warn_of_words(void)
+{
+    static const struct {
+        const char *name;
+        const char *usual;
+    } unserved[] = {
+        {"agent.server_addr", "vsock://-1:1024"},
+        {"agent.passfd_listener_port", "0"},
+        {"agent.container_pipe_size", "0"},
+    };
+    char value[64];
+    for (size_t i = 0; i < sizeof unserved / sizeof unserved[0]; i++)
+        if (guest_word(unserved[i].name, value, sizeof value) && strcmp(value, unserved[i].usual) != 0)
+            LOG(LOG_WARN, SUBSYSTEM, "a word of the kernel's command line is not served",
+                LOG_STRING("word", unserved[i].name), LOG_STRING("value", value));
+}
+
 static void log_start(bool init)
 {
     char nonce[256];
@@ -116,6 +134,7 @@ int main(int argc, char **argv)
     debug_begin(&options.debug);
     services_set_init(init);
     log_start(init);
+    warn_of_words();
     bool able = server_begin() && listen_everywhere(&options);
     if (able) {
         debug_listen();

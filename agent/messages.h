@@ -146,15 +146,17 @@ struct optional_u32 {
     F(T, 1, TEXT, driver) F(T, 2, TEXTS, driver_options) F(T, 3, TEXT, source) F(T, 4, TEXT, fstype) \
     F(T, 5, TEXTS, options) F(T, 6, TEXT, mount_point) ONE(T, 7, fs_group, fs_group) F(T, 8, BOOL, shared)
 #define MESSAGE_kernel_module(T, F, ONE, MANY) F(T, 1, TEXT, name) F(T, 2, TEXTS, parameters)
+#define MESSAGE_shared_mount(T, F, ONE, MANY) F(T, 1, TEXT, name)
 #define MESSAGE_create_container_request(T, F, ONE, MANY) \
     F(T, 1, TEXT, container_id) F(T, 2, TEXT, exec_id) ONE(T, 3, string_user, string_user) \
     MANY(T, 4, device, devices) MANY(T, 5, storage, storages) ONE(T, 6, oci_spec, oci) \
-    F(T, 7, BOOL, sandbox_pidns)
+    F(T, 7, BOOL, sandbox_pidns) MANY(T, 8, shared_mount, shared_mounts) F(T, 9, U32, stdin_port) \
+    F(T, 10, U32, stdout_port) F(T, 11, U32, stderr_port)
 #define MESSAGE_container_request(T, F, ONE, MANY) F(T, 1, TEXT, container_id)
 #define MESSAGE_remove_container_request(T, F, ONE, MANY) F(T, 1, TEXT, container_id) F(T, 2, U32, timeout)
 #define MESSAGE_exec_process_request(T, F, ONE, MANY) \
     F(T, 1, TEXT, container_id) F(T, 2, TEXT, exec_id) ONE(T, 3, string_user, string_user) \
-    ONE(T, 4, oci_process, process)
+    ONE(T, 4, oci_process, process) F(T, 5, U32, stdin_port) F(T, 6, U32, stdout_port) F(T, 7, U32, stderr_port)
 #define MESSAGE_signal_process_request(T, F, ONE, MANY) \
     F(T, 1, TEXT, container_id) F(T, 2, TEXT, exec_id) F(T, 3, U32, signal)
 #define MESSAGE_process_request(T, F, ONE, MANY) F(T, 1, TEXT, container_id) F(T, 2, TEXT, exec_id)
@@ -207,6 +209,7 @@ struct optional_u32 {
     X(arp_neighbor, "types.ARPNeighbor") \
     X(string_user, "grpc.StringUser") X(device, "grpc.Device") X(fs_group, "grpc.FSGroup") \
     X(storage, "grpc.Storage") X(kernel_module, "grpc.KernelModule") \
+    X(shared_mount, "grpc.SharedMount") \
     X(create_container_request, "grpc.CreateContainerRequest") X(container_request, "request with a container's id") \
     X(remove_container_request, "grpc.RemoveContainerRequest") X(exec_process_request, "grpc.ExecProcessRequest") \
     X(signal_process_request, "grpc.SignalProcessRequest") X(process_request, "request with a process's id") \

@@ -3,10 +3,10 @@
 
 #include "metrics_guest.h"
 #include "metrics_text.h"
+#include "small_file.h"
 #include "wire.h"
 
 #include <ctype.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,20 +20,10 @@ struct own_stat {
     uint64_t resident_pages;
 };
 
-static bool read_small(const char *path, char *text, size_t size)
-{
-    int file = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t got = file < 0 ? -1 : read(file, text, size - 1);
-    if (file >= 0)
-        close(file);
-    text[got > 0 ? got : 0] = '\0';
-    return got > 0;
-}
-
 static bool read_own_stat(struct own_stat *own)
 {
     char text[2048];
-    if (!read_small("/proc/self/stat", text, sizeof text))
+    if (!small_file_read("/proc/self/stat", text, sizeof text))
         return false;
     char *rest = strrchr(text, ')'); /* a name may have any character in it */
     if (rest == NULL)
@@ -100,7 +90,7 @@ static void put_status(struct metrics *metrics)
         "nonvoluntary_ctxt_switches", NULL};
     char text[4096];
     metrics_family(metrics, "kata_agent_proc_status", "gauge", "Memory of the agent in KiB, and its switches.");
-    if (read_small("/proc/self/status", text, sizeof text))
+    if (small_file_read("/proc/self/status", text, sizeof text))
         put_lines(metrics, text, names);
 }
 
@@ -108,7 +98,7 @@ static void put_io(struct metrics *metrics)
 {
     char text[1024];
     metrics_family(metrics, "kata_agent_io_stat", "gauge", "What the agent read and wrote.");
-    if (read_small("/proc/self/io", text, sizeof text))
+    if (small_file_read("/proc/self/io", text, sizeof text))
         put_lines(metrics, text, NULL);
 }
 

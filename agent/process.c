@@ -290,13 +290,25 @@ static struct stream *input_of(struct process *process)
     return process->terminal ? &process->out : &process->in;
 }
 
+/* Behind what came before it, so that it is not lost. */
+enum ttrpc_status process_close_input(struct process *process, struct ttrpc_call *call)
+{
+    if (process->terminal)
+        return TTRPC_OK;
+    if (!ttrpc_has_turn(call, &process->in.writers))
+        return ttrpc_later(call, NULL, CLOCK_NEVER);
+    stream_close(&process->in);
+    return TTRPC_OK;
+}
+
 enum ttrpc_status process_write(struct process *process, struct span data, struct ttrpc_call *call)
 {
     struct stream *stream = input_of(process);
-    if (data.size == 0) {
-        process_close_input(process);
-        return TTRPC_OK;
-    }
+    if (data.size == 0)
+        return process_close_input(process, call);
+    /* A part of what came later must not come between two parts of this. */
+    if (!ttrpc_has_turn(call, &stream->writers))
+        return ttrpc_later(call, NULL, CLOCK_NEVER);
     if (stream->watch.fd < 0)
         return failure_set(&call->failure, TTRPC_FAILED_PRECONDITION, "the standard input of the process is closed"),
                call->failure.status;
@@ -312,10 +324,4 @@ enum ttrpc_status process_write(struct process *process, struct span data, struc
     }
     wire_put_uint(&call->reply, 1, data.size);
     return TTRPC_OK;
-}
-
-void process_close_input(struct process *process)
-{
-    if (!process->terminal)
-        stream_close(&process->in);
 }

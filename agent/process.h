@@ -17,9 +17,11 @@ enum process_state {
     PROCESS_FAILED, /* its program was never started: see `failure` */
 };
 
-/* Whoever waits for a stream waits for its address. fd -1: closed. */
+/* Whoever waits for a stream waits for its address, and who wants to write first for its turn: the queue is the address
+ * of `writers`. fd -1: closed. */
 struct stream {
     struct watch watch;
+    char writers;
 };
 
 struct process {
@@ -57,6 +59,6 @@ size_t process_count(void);
 /* The bodies of the calls. */
 enum ttrpc_status process_read(struct process *process, struct stream *stream, size_t size, struct ttrpc_call *call);
 enum ttrpc_status process_write(struct process *process, struct span data, struct ttrpc_call *call);
-void process_close_input(struct process *process);
+enum ttrpc_status process_close_input(struct process *process, struct ttrpc_call *call);
 
 #endif

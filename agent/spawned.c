@@ -322,13 +322,36 @@ static bool give_up_privileges(const struct plan *plan, struct failure *failure)
     return filter_calls(plan->filter, failure);
 }
 
-/* With room for one word more and the NULL. */
+/* With the NULL. */
 static const char **copy_words(const struct texts *words)
 {
-    const char **copy = calloc(words->count + 2, sizeof copy[0]);
+    const char **copy = calloc(words->count + 1, sizeof copy[0]);
     if (copy != NULL && words->count > 0)
         memcpy(copy, words->items, words->count * sizeof copy[0]);
     return copy;
+}
+
+/* Of a name's values the last, as runc and Kata's agent set them one by one; what has no value is no variable. HOME is
+ * there in any case. */
+static const char **make_environment(const struct texts *words, const char *home)
+{
+    const char **env = calloc(words->count + 2, sizeof env[0]);
+    size_t count = 0;
+    if (env == NULL)
+        return NULL;
+    for (size_t i = 0; i < words->count; i++) {
+        const char *end = strchr(words->items[i], '=');
+        size_t at = 0;
+        if (end == NULL || end == words->items[i])
+            continue;
+        while (at < count && strncmp(env[at], words->items[i], (size_t)(end - words->items[i]) + 1) != 0)
+            at++;
+        env[at] = words->items[i];
+        count += at == count;
+    }
+    if (find_variable(words, "HOME=") == NULL)
+        env[count] = home;
+    return env;
 }
 
 static bool run_program(const struct plan *plan, const struct identity *identity, struct failure *failure)
@@ -337,13 +360,10 @@ static bool run_program(const struct plan *plan, const struct identity *identity
     char file[PATH_MAX];
     char home[IDENTITY_HOME + 8];
     const char **argv = copy_words(&process->args);
-    const char **env = copy_words(&process->env);
+    snprintf(home, sizeof home, "HOME=%s", identity->home);
+    const char **env = make_environment(&process->env, home);
     if (argv == NULL || env == NULL)
         return failure_set(failure, TTRPC_RESOURCE_EXHAUSTED, "no memory to start a process");
-    if (find_variable(&process->env, "HOME=") == NULL) {
-        snprintf(home, sizeof home, "HOME=%s", identity->home);
-        env[process->env.count] = home;
-    }
     if (!find_program(process, file, sizeof file))
         return failure_errno(failure, "cannot execute %.100s", argv[0]);
     syscall(SYS_close_range, STDERR_FILENO + 1, ~0U, CLOSE_ON_EXEC);

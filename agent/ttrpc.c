@@ -209,6 +209,15 @@ void ttrpc_wake(const void *subject)
         waiting->due |= waiting->call.subject == subject;
 }
 
+bool ttrpc_has_turn(struct ttrpc_call *call, const void *queue)
+{
+    call->queue = queue;
+    for (const struct waiting *at = waiting_calls; at != NULL && &at->call != call; at = at->next)
+        if (at->call.queue == queue)
+            return false;
+    return true;
+}
+
 static int64_t try_at(const struct waiting *waiting)
 {
     if (waiting->due)
@@ -234,8 +243,20 @@ bool ttrpc_has_tries(const struct ttrpc_peer *peer)
     return false;
 }
 
+/* Of those that wait; whose turn it was has left them. */
+static void wake_next(const void *queue)
+{
+    struct waiting *waiting = waiting_calls;
+    while (waiting != NULL && waiting->call.queue != queue)
+        waiting = waiting->next;
+    if (waiting != NULL)
+        waiting->due = true;
+}
+
 static void free_waiting(struct waiting *waiting)
 {
+    if (waiting->call.queue != NULL)
+        wake_next(waiting->call.queue);
     buffer_reset(&waiting->request);
     free(waiting);
     waiting_count--;

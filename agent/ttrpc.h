@@ -50,6 +50,7 @@ struct ttrpc_call {
     uint64_t memo; /* the method's own, kept between tries; nothing is done with it when the caller goes away */
     size_t done; /* as `memo`: how far it got */
     const void *subject; /* an address, never looked into */
+    const void *queue; /* the same */
     int64_t again_at; /* CLOCK_NEVER unless the method says so */
 };
 
@@ -76,6 +77,10 @@ bool ttrpc_decode(struct ttrpc_call *call, const struct message_type *type, void
 enum ttrpc_status ttrpc_later(struct ttrpc_call *call, const void *subject, int64_t again_at);
 /* Something happened to `subject`: the calls that wait for it are tried again. */
 void ttrpc_wake(const void *subject);
+/* Calls that stand in one queue (an address, as a subject's) have their turn one after the other, in the order in which
+ * they came, until they are answered or forgotten. False: it is another one's, `return ttrpc_later(call, NULL,
+ * CLOCK_NEVER)`, and the call is tried again when its turn has come. */
+bool ttrpc_has_turn(struct ttrpc_call *call, const void *queue);
 /* When the next waiting call is to be tried, or its deadline passes; CLOCK_NEVER: none is. */
 int64_t ttrpc_next_try(void);
 /* A waiting call of this peer is to be tried now: ttrpc_process does. */

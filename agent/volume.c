@@ -15,10 +15,12 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 enum {
+    ROOT = STDERR_FILENO + 1, /* of the volume, in the process that gives it */
     ON_ROOT_MISMATCH = 1, /* of types.FSGroupChangePolicy; 0 is Always */
     DEEPEST = 200, /* each level has a descriptor open */
     READ = 0440,
@@ -108,11 +110,20 @@ static void ended(struct child *child, int status)
     ttrpc_wake(hotplug_subject);
 }
 
+/* It executes nothing, so nothing is closed by itself: connections and other processes' pipes, which would not end for
+ * whoever waits for their end while this one lives. */
+static bool keep_only(int root)
+{
+    return (root == ROOT || dup2(root, ROOT) == ROOT) && syscall(SYS_close_range, ROOT + 1, ~0U, 0) == 0;
+}
+
 static _Noreturn void give_all(int root, const struct group_rule *rule)
 {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
-    prctl(PR_SET_NAME, "volume");
-    _exit(give(root, ".", rule, DEEPEST));
+    if (!keep_only(root))
+        _exit(errno);
+    prctl(PR_SET_NAME, "volume"); /* who sees it sees one that holds nothing of others any more */
+    _exit(give(ROOT, ".", rule, DEEPEST));
 }
 
 bool volume_give(struct volume_gift *gift, const char *place, const struct storage *storage, struct failure *failure)

@@ -1,4 +1,4 @@
-"""Measuring programs: each in a fresh process, its wall time and the most memory it had."""
+"""Measuring programs: each in a fresh process, its wall time, its processor time and the most memory it had."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Final
 _LAUNCHER: Final = """
 import os, sys
 _, status, usage = os.wait4(os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ), 0)
-print(usage.ru_maxrss)
+print(usage.ru_maxrss, usage.ru_utime + usage.ru_stime)
 sys.exit(os.waitstatus_to_exitcode(status))
 """
 
@@ -25,6 +25,7 @@ class Run:
     seconds: float
     mebibytes: int
     words: tuple[str, ...]  # that it printed
+    processor: float  # seconds of it, its children's included
 
 
 def run(argv: list[str], work: Path) -> Run:
@@ -35,5 +36,5 @@ def run(argv: list[str], work: Path) -> Run:
     seconds = time.monotonic() - began
     if child.returncode != 0:
         raise SystemExit(f"bench: {argv[0]} failed")
-    *words, kibibytes = child.stdout.split()
-    return Run(seconds, int(kibibytes) // 1024, tuple(words))
+    *words, kibibytes, processor = child.stdout.split()
+    return Run(seconds, int(kibibytes) // 1024, tuple(words), float(processor))

@@ -6,23 +6,20 @@ osbuilder-agent version=0.1.0;
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 import osbuild
-from osbuild import command
-from osbuild.agent_compiler import Compiler, find_compiler
+from osbuild.agent_compiler import Compiler, compile_program, find_compiler, program_inputs, program_key
 from osbuild.arch import Arch
 from osbuild.artifacts import File
 from osbuild.cache import Cache
-from osbuild.elf import SHARED, read_elf
 from osbuild.errors import BuildError, InputError
 from osbuild.resources import resource
-from osbuild.tree import Bytes, Draft, regular, symlink
+from osbuild.tree import Draft, regular, symlink
 
 NAME: Final = "osbuilder-agent"
 PROGRAM: Final = f"/usr/bin/{NAME}"  # where it lies when systemd starts it
@@ -34,22 +31,33 @@ MARKER: Final = re.compile(rb"osbuilder-agent version=([0-9A-Za-z.+_-]{1,64});")
 
 def build_agent(arch: Arch, cache: Cache) -> File:
     """The static agent for `arch`: compiled once for these sources, this compiler and these flags."""
-    compiler = find_compiler(arch, cache)
-    sources = sorted(path for path in resource("agent").iterdir() if path.suffix in (".c", ".h"))
-    flags = (*compiler.flags, f'-DAGENT_VERSION="{osbuild.__version__}"')
+    return _build(find_compiler(arch, cache), arch, cache)
+
+
+def _build(compiler: Compiler, arch: Arch, cache: Cache) -> File:
+    sources, flags = _sources(), _flags(compiler)
 
     def make(out: Path) -> None:
-        _compile(compiler, flags, sources, out)
-        _check((out / NAME).read_bytes(), arch, compiler)
+        _check(compile_program(compiler, flags, sources, out, NAME, arch), compiler)
 
-    home, _ = cache.get("agent", _key(arch, compiler, flags, sources), make)
+    home, _ = cache.get("agent", program_key(arch, compiler, flags, sources), make)
     return File.of(home / NAME)
+
+
+def _sources() -> list[Path]:
+    return sorted(path for path in resource("agent").iterdir() if path.suffix in (".c", ".h"))
+
+
+def _flags(compiler: Compiler) -> tuple[str, ...]:
+    return (*compiler.flags, f'-DAGENT_VERSION="{osbuild.__version__}"')
 
 
 def obtain(source: str, arch: Arch, cache: Cache) -> Agent:
     """Our own agent, compiled or found compiled."""
     del source
-    return read_agent(build_agent(arch, cache))
+    compiler = find_compiler(arch, cache)
+    inputs = program_inputs(arch, compiler, _flags(compiler), _sources())
+    return replace(read_agent(_build(compiler, arch, cache)), inputs=inputs)
 
 
 def agent_version(data: bytes) -> str:
@@ -60,40 +68,7 @@ def agent_version(data: bytes) -> str:
     return found[1].decode()
 
 
-def _key(arch: Arch, compiler: Compiler, flags: tuple[str, ...], sources: list[Path]) -> str:
-    inputs = {
-        "arch": arch.name,
-        "compiler": [compiler.name, compiler.version],
-        "libc": [File.of(path).sha256 for path in compiler.libc],
-        "flags": flags,
-        "osbuild": osbuild.__version__,
-        "sources": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources},
-    }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def _compile(compiler: Compiler, flags: tuple[str, ...], sources: list[Path], out: Path) -> None:
-    # Names without a directory, so that the directory cannot get into the bytes.
-    work = out / "work"
-    work.mkdir()
-    for path in sources:
-        shutil.copyfile(path, work / path.name)
-    units = [path.name for path in sources if path.suffix == ".c"]
-    command.run(
-        *compiler.argv, *flags, f"-ffile-prefix-map={work}=.", *compiler.before, *units, *compiler.behind,
-        "-o", f"../{NAME}", cwd=work, env=dict(compiler.env),
-    )  # fmt: skip
-    shutil.rmtree(work)
-
-
-def _check(data: bytes, arch: Arch, compiler: Compiler) -> None:
-    elf = read_elf(Bytes(data))
-    if elf is None or (elf.machine, elf.bits, elf.big_endian) != (arch.elf_machine, 64, False):
-        raise BuildError(f"{compiler.name} gave something that is no ELF program for {arch.name}")
-    if elf.interpreter or elf.needed or elf.type != SHARED:
-        raise BuildError(
-            f"{compiler.name} gave an agent that is no static PIE: it would need {elf.interpreter or 'its address'}"
-        )
+def _check(data: bytes, compiler: Compiler) -> None:
     if len(data) > compiler.largest:
         raise BuildError(f"the agent came out at {len(data)} bytes; at most {compiler.largest} were expected")
     if agent_version(data) != osbuild.__version__:
@@ -110,6 +85,7 @@ class Agent:
     sha256: str  # of its bytes
     data: bytes
     wants_policy: bool = False  # it does not serve without a policy in the guest
+    inputs: Mapping[str, object] = field(default_factory=dict)  # JSON: what it was compiled from, where we did that
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"

@@ -11,18 +11,24 @@ All of them link it as a static PIE: ET_DYN without a loader, which moves itself
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import osbuild
 from osbuild import command
-from osbuild.arch import Arch, host_arch
+from osbuild.arch import Arch, cross_prefix, host_arch
+from osbuild.artifacts import File
 from osbuild.cache import Cache
-from osbuild.errors import HostError
+from osbuild.elf import SHARED, read_elf
+from osbuild.errors import BuildError, HostError
+from osbuild.tree import Bytes
 
 SMALL: Final = 300 << 10  # bytes: what an agent may have with musl
 # A static glibc brings locales, stdio and iconv along: 700 to 900 KiB before there is any agent.
@@ -45,6 +51,10 @@ _COMMON: Final = (
 _GCC: Final = ("-Wshadow", "-Wconversion", "-Wl,-z,text")
 
 
+class NoCompilerError(HostError):
+    """There is none here."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiler:
     """One that is here: how it is called, and how long an agent it may give."""
@@ -61,17 +71,67 @@ class Compiler:
 
 
 def find_compiler(arch: Arch, cache: Cache) -> Compiler:
-    """The best that is here; HostError says how to get one."""
+    """The best that is here; NoCompilerError says how to get one."""
     for find in _FINDERS:
         found = find(arch, cache)
         if found is not None:
             return found
     if arch is host_arch():
-        raise HostError("there is no C compiler for the agent", hint="apt-get install musl-tools gcc")
-    raise HostError(
+        raise NoCompilerError("there is no C compiler for the agent", hint="apt-get install musl-tools gcc")
+    raise NoCompilerError(
         f"there is no C compiler here that makes the agent for {arch.name}",
-        hint=f"pip install 'osbuilder[cross]', or apt-get install {cross_packages(arch)}",
+        hint=f"pip install 'CHECKOUT[cross]' (osbuilder's source), or apt-get install {cross_packages(arch)}",
     )
+
+
+def program_inputs(
+    arch: Arch, compiler: Compiler, flags: Sequence[str], sources: Sequence[Path]
+) -> Mapping[str, object]:
+    """Everything that decides a program's bytes."""
+    return {
+        "arch": arch.name,
+        "compiler": [compiler.name, compiler.version],
+        "libc": [File.of(path).sha256 for path in compiler.libc],
+        "flags": tuple(flags),
+        "osbuild": osbuild.__version__,
+        "sources": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources},
+    }
+
+
+def program_key(arch: Arch, compiler: Compiler, flags: Sequence[str], sources: Sequence[Path]) -> str:
+    """A name in the cache for what comes of these."""
+    inputs = program_inputs(arch, compiler, flags, sources)
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def compile_program(
+    compiler: Compiler, flags: Sequence[str], sources: Sequence[Path], out: Path, name: str, arch: Arch
+) -> bytes:
+    """Make `out`/`name` of them; its bytes, which are a static PIE for `arch`."""
+    # Names without a directory, so that the directory cannot get into the bytes.
+    work = out / "work"
+    work.mkdir()
+    for path in sources:
+        shutil.copyfile(path, work / path.name)
+    units = [path.name for path in sources if path.suffix == ".c"]
+    command.run(
+        *compiler.argv, *flags, f"-ffile-prefix-map={work}=.", *compiler.before, *units, *compiler.behind,
+        "-o", f"../{name}", cwd=work, env=dict(compiler.env),
+    )  # fmt: skip
+    shutil.rmtree(work)
+    data = (out / name).read_bytes()
+    _check(data, arch, compiler)
+    return data
+
+
+def _check(data: bytes, arch: Arch, compiler: Compiler) -> None:
+    elf = read_elf(Bytes(data))
+    if elf is None or (elf.machine, elf.bits, elf.big_endian) != (arch.elf_machine, 64, False):
+        raise BuildError(f"{compiler.name} gave something that is no ELF program for {arch.name}")
+    if elf.interpreter or elf.needed or elf.type != SHARED:
+        raise BuildError(
+            f"{compiler.name} gave an agent that is no static PIE: it would need {elf.interpreter or 'its address'}"
+        )
 
 
 def cross_packages(arch: Arch) -> str:
@@ -121,7 +181,7 @@ def _zig(arch: Arch, cache: Cache) -> Compiler | None:
 
 def _gcc(arch: Arch, cache: Cache) -> Compiler | None:
     del cache
-    name = "gcc" if arch is host_arch() else f"{arch.cross_compile}gcc"
+    name = f"{cross_prefix(arch)}gcc"
     if shutil.which(name) is None:
         return None
     program = command.find(name)

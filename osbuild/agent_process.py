@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from osbuild.agent_client import AGENT, SECONDS, AgentClient
 from osbuild.container import ContainerSpec, ProcessSpec
@@ -19,6 +19,7 @@ from osbuild.ttrpc import CallTimeout, PeerClosed, ProtocolError, RpcError, Stat
 CHUNK: Final = 1 << 20  # bytes of a file in one CopyFile, as Kata's runtime sends them
 SHARED: Final = "/run/kata-containers/shared/containers"  # below which files may be copied
 _STDIN_BYTES: Final = 64 << 10
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +131,7 @@ def running(client: AgentClient, spec: ContainerSpec) -> Iterator[Process]:
         finally:
             process.give_up()
     finally:
-        _remove(client, spec.id)
+        remove(client, spec.id)
 
 
 @contextlib.contextmanager
@@ -178,7 +179,7 @@ def oom_events(client: AgentClient) -> Iterator[str]:
             yield client.oom_event()
 
 
-def in_background(call: Callable[[], str]) -> Future[str]:
+def in_background(call: Callable[[], T]) -> Future[T]:
     """A call that blocks, beside others; its thread ends when the answer comes or the connection ends."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="call")
     future = pool.submit(call)
@@ -193,7 +194,7 @@ def _feed_and_wait(process: Process, stdin: bytes, seconds: float) -> Finished:
     return process.wait(seconds)
 
 
-def _remove(client: AgentClient, container: str) -> None:
+def remove(client: AgentClient, container: str) -> None:
     """Whatever state it is in; the reason why the block ended must not be hidden by what goes wrong here."""
     with contextlib.suppress(StatusError, CallTimeout):
         client.signal_process(container, signal.SIGKILL, seconds=10)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from osbuild import agent, kata_agent
-from osbuild.agent import Agent
-from osbuild.arch import Arch
-from osbuild.cache import Cache
+from osbuild.modules import Modules
+
+if TYPE_CHECKING:
+    from osbuild.agent import Agent
+    from osbuild.arch import Arch
+    from osbuild.cache import Cache
 
 BUILTIN: Final = "builtin"
 
@@ -29,12 +31,20 @@ class AgentKind(Protocol):
         """The agent itself; `source` is a path, or the name of the row."""
 
 
-AGENTS: Final[Mapping[str, AgentKind]] = {BUILTIN: agent, "kata": kata_agent}
+AGENTS: Final[Mapping[str, AgentKind]] = Modules({BUILTIN: "osbuild.agent", "kata": "osbuild.kata_agent"})
 
 
 def find_agent(source: str, arch: Arch, cache: Cache) -> Agent:
     """What `--agent` names: our own, or what a file is or holds."""
     return AGENTS[BUILTIN if source == BUILTIN else "kata"].obtain(source, arch, cache)
+
+
+def check_agent(source: str) -> None:
+    """InputError for a file that is not there: known before anything slow begins."""
+    if source != BUILTIN:
+        from osbuild import kata_agent  # which builtin's users need not wait for
+
+        kata_agent.check(source)
 
 
 def absolute(source: str, home: Path) -> str:

@@ -22,6 +22,10 @@ class File:
     size: int
     sha256: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"path": str(self.path), "size": self.size, "sha256": self.sha256}
+
     @classmethod
     def of(cls, path: Path) -> File:
         """Measure a file that is already there."""
@@ -39,6 +43,7 @@ class Rootfs:
     epoch: int  # seconds since 1970: the time of everything that we add
     agent: str = ""  # name and version of the agent in it; empty before one is installed
     agent_sha256: str = ""  # of its binary
+    agent_inputs: Mapping[str, Any] = field(default_factory=dict)  # JSON: what it was compiled from, if it was
     words: tuple[str, ...] = ()  # kernel arguments that this tree needs, wherever it lies
     dropped_xattrs: Mapping[str, int] = field(default_factory=dict)  # of the image: name -> inodes that had it
     inputs: Mapping[str, str] = field(default_factory=dict)  # what came from this machine's files: what -> digest
@@ -111,7 +116,7 @@ class Initrd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """A guest kernel: the ELF (what microvm, Firecracker and Cloud Hypervisor boot) and the compressed image."""
+    """A guest kernel: what VMMs boot as it is (an ELF on x86_64, an Image on aarch64), and the compressed image."""
 
     vmlinux: File
     vmlinuz: File
@@ -121,3 +126,4 @@ class Kernel:
     key: str  # sha256 over everything that went in
     cached: bool  # nothing was compiled this time
     inputs: Mapping[str, Any] = field(default_factory=dict)  # JSON: what the key was made from
+    extras: tuple[File, ...] = ()  # System.map and kernel.json, where it was built

@@ -56,12 +56,15 @@ def parse_challenges(lines: Sequence[str]) -> tuple[Challenge, ...]:
 class Authorizer:
     """What to say in the Authorization header to do `actions` in one repository; kept for the run, and renewed."""
 
-    def __init__(self, web: Web, host: str, repository: str, actions: str, auth_file: Path | None) -> None:
+    def __init__(
+        self, web: Web, host: str, repository: str, actions: str, auth_file: Path | None, *, also: str = ""
+    ) -> None:
+        """`also`: another repository that is read in the same requests, as a mount does it."""
         self.tried = ", asked without a login"  # for messages
         self._web = web
         self._host = host
         self._repository = repository
-        self._scope = f"repository:{repository}:{actions}"
+        self._scopes = [f"repository:{repository}:{actions}", *([f"repository:{also}:pull"] if also else [])]
         self._auth_file = auth_file
         self._lock = threading.Lock()
         self._value = ""
@@ -103,8 +106,7 @@ class Authorizer:
         what = f"the token service of {self._host}"
         realm = parse_url(challenge.parameters.get("realm", ""), what)
         self._web.check_destination(realm, home, what)
-        wishes = {"service": challenge.parameters.get("service", ""), "scope": self._scope}
-        with self._ask(realm, {name: text for name, text in wishes.items() if text}, found) as answer:
+        with self._ask(realm, challenge.parameters.get("service", ""), found) as answer:
             answer.check_passing()
             if answer.status in (400, 401, 403):
                 raise self.refusal(f"gives no token ({answer.status}) for {self._repository}")
@@ -112,13 +114,16 @@ class Authorizer:
                 raise InputError(f"{what} answers {answer.status}")
             return _parse_token(answer.read(_TOKEN_MAX), what)
 
-    def _ask(self, realm: SplitResult, wishes: dict[str, str], found: Credentials | None) -> Answer:
+    def _ask(self, realm: SplitResult, service: str, found: Credentials | None) -> Answer:
+        wishes = [("service", service)] if service else []
         if found is not None and found.identity_token:
-            form = wishes | {
-                "grant_type": "refresh_token", "client_id": "osbuilder", "refresh_token": found.identity_token,
-            }  # fmt: skip
+            form = [
+                *wishes, ("scope", " ".join(self._scopes)), ("grant_type", "refresh_token"),
+                ("client_id", "osbuilder"), ("refresh_token", found.identity_token),
+            ]  # fmt: skip
             headers = {"Content-Type": "application/x-www-form-urlencoded"}
             return self._web.send("POST", realm.geturl(), headers, urllib.parse.urlencode(form).encode())
+        wishes += [("scope", scope) for scope in self._scopes]
         query = "&".join(part for part in (realm.query, urllib.parse.urlencode(wishes)) if part)
         headers = {"Authorization": found.basic()} if found is not None else {}
         return self._web.send("GET", realm._replace(query=query).geturl(), headers)

@@ -1,35 +1,42 @@
 """Why a guest did not do what it should: a table of causes, matched on what it left behind.
 
-A cause is named only by a line that shows it; "unknown, last seen: …" is the honest rest. The first row that fits
-wins: a panic often follows from something said earlier, so what explains comes before what merely ends.
+A cause is named only by a line that shows it; "unknown, last seen: …" is the honest rest. It is certain when that line
+explains how the guest ended: each row says which ends it can explain, of whose device and how soon before. Of lines
+that do the first one wins. What else is broken is a guess, and what many a healthy guest says is the last resort.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from osbuild import last_words
+from osbuild.causes import (
+    ALWAYS_BAD,
+    BOUND,
+    GIVES_UP,
+    GUEST,
+    HALF_THERE,
+    OF_MEMORY,
+    OUTCOMES,
+    TERMINATED,
+    VMM,
+    Speaker,
+    Symptom,
+)
+from osbuild.last_words import Console, End
+from osbuild.last_words import Phase as Phase
 from osbuild.report import Cause, printable, tail
 
 HEAD_BYTES: Final = 64 * 1024  # of a console: what a kernel says before anything goes wrong
 TAIL_BYTES: Final = 256 * 1024  # and of its end; a guest may write gigabytes in between
 LINE_CHARACTERS: Final = 400
-
-
-class Phase(enum.StrEnum):
-    """How far a guest came, as far as its console shows."""
-
-    nothing = enum.auto()
-    firmware = enum.auto()
-    kernel = enum.auto()
-    init = enum.auto()
-    agent = enum.auto()
+_TINY: Final = 1.7  # times what its kernel takes: with 32 MiB ours, of 20, never comes to init, with 40 it does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,210 +49,262 @@ class Evidence:
     answered: bool = False  # the agent did, at least once
     stopped: bool = False  # we ended the VMM, so that its status says nothing
     flooded: bool = False  # … because the console would not end
+    given_up: bool = False  # … because of a line after which no agent answers
+    full: bool = False  # the console's disk has no room
+    transport: str = "serial"  # how the agent was asked: of spec.TRANSPORTS
+    memory_mib: int = 0  # of the guest; 0: nobody said
+    kernel_mib: int = 0  # of its kernel, in memory
+    over_kernel: int = 0  # bytes of the initramfs that lie where the kernel does
+    doubt: str = ""  # of the accelerator, measured again; empty: there is none
+
+    @property
+    def read(self) -> Console:
+        """The console, and who said what on it."""
+        return last_words.read(self.console, over=self.over)
+
+    @property
+    def over(self) -> bool:
+        """The VMM ended, and not by us."""
+        return self.status is not None and not self.stopped
 
     @property
     def ended(self) -> bool:
         """The guest is over, by its own doing."""
-        return "Kernel panic - not syncing" in self.console or (self.status is not None and not self.stopped)
+        return self.panicked or self.over
+
+    @property
+    def panicked(self) -> bool:
+        """The guest's kernel did."""
+        return self.read.end[0] not in (End.unsaid, End.left)
 
     @property
     def phase(self) -> Phase:
         """The furthest that the console shows."""
-        return _phase(self.console)
+        return self.read.phase
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Symptom:
-    """A row: a cause, the pattern of the line that shows it, and what to tell. Groups of the pattern fill {names}."""
-
-    name: str
-    pattern: re.Pattern[str]
-    sentence: str
-    hint: str = ""
-
-
-def _row(name: str, pattern: str, sentence: str, hint: str = "") -> Symptom:
-    return Symptom(name=name, pattern=re.compile(pattern, re.MULTILINE), sentence=sentence, hint=hint)
-
-
-_PANIC: Final = r"Kernel panic - not syncing: "
-
-# What a QEMU (or another VMM) says before it gives up.
-VMM: Final = (
-    _row("vmm-lock", r"^.*[Ff]ailed to get \S*\"?\w*\"? ?lock.*$", "an image file is in use by another process"),
-    _row(
-        "vmm-memory", r"^.*(?:[Cc]annot allocate memory|cannot set up guest memory|exceeds? .*maximum).*$",
-        "the host has not the memory for this guest", "give the guest less memory",
-    ),
-    _row(
-        "vmm-file", r"^.*(?:[Cc]ould not open|can't open|could not load|[Nn]o such file).*$",
-        "the VMM cannot read one of its files",
-    ),
-    _row(
-        "vmm-kvm", r"^.*(?:[Cc]ould not access KVM|failed to initialize kvm|KVM_\w+ failed|kvm run failed).*$",
-        "KVM failed", "--accel tcg boots without it",
-    ),
-    _row(
-        "vmm-kernel", r"^.*(?:PVH|linux kernel too old|invalid kernel header|Error loading uncompressed kernel).*$",
-        "the VMM cannot start this kernel", "the kernel needs CONFIG_PVH=y, and to be of the VMM's architecture",
-    ),
-    _row(
-        "vmm-sandbox", r"^.*(?:seccomp|sandbox).*$",
-        "the VMM's own sandbox stands in the way",
-    ),
-    _row(
-        "vmm-option",
-        r"^.*(?:: -\w[\w-]*(?: |:)|invalid option|is not a valid device|[Pp]roperty '.*' not found"
-        r"|nvdimm is not enabled|unsupported machine type).*$",
-        "the VMM refuses one of its options",
-    ),
-)  # fmt: skip
-
-# What a guest's console shows. Specific before general.
-GUEST: Final = (
-    _row(
-        "agent-fault", r"^.*\bosbuilder-agent\[\d+\]: segfault.*$|^.*traps: osbuilder-agent\[\d+\].*$",
-        "the agent crashed",
-    ),
-    _row(
-        "clock", r"^.*tsc: Marking TSC unstable due to could not calculate TSC khz.*$(?!\n.*\S)",
-        "the guest found no clock that ticks, and stopped",
-        "the machine needs a PIT, an HPET or ACPI's timer; under TCG a busy host spoils the calibration",
-    ),
-    _row(
-        "triple-fault", r"^.*\btriple fault\b.*$",
-        "the processor gave up (a triple fault): the kernel was damaged or is for another processor",
-    ),
-    _row(
-        "dax-unsupported",
-        r"^.*(?:DAX unsupported|dax: (?:error|needs|unsupported)|[Cc]an't mount with dax|DAX enabled but"
-        r"|dax option not supported|device does not support dax"
-        r"|(?:ext4|EXT4-fs|XFS|erofs).*(?:Unrecognized|[Uu]nknown|unsupported).*\bdax\b).*$",
-        "the root was to be mounted with DAX, and its device or kernel cannot",
-        "the kernel needs CONFIG_FS_DAX=y, and the image a DAX header and an NVDIMM: `osbuilder inspect` shows it",
-    ),
-    _row(
-        "pmem-alignment",
-        r"^.*(?:nd_pmem|nd_region|pfn\d).*(?:misaligned|not aligned|alignment|unable to support|failed to validate).*$",
-        "the kernel refuses the NVDIMM's size or alignment",
-        "the image must be a multiple of 2 MiB (16 MiB on aarch64)",
-    ),
-    _row(
-        "verity",
-        r"^.*(?:device-mapper: verity: .*(?:corrupted|mismatch|failed|Invalid)|dm-verity device corrupted).*$",
-        "dm-verity found bytes that are not those that were hashed",
-    ),
-    _row(
-        "initrd-memory",
-        r"^.*(?:[Ii]nitramfs unpacking failed: (?:write error|Cannot allocate|.*No space)"
-        r"|initrd .*(?:too big|disabling initrd|extends beyond)).*$",
-        "the initramfs did not fit in the guest's memory", "give the guest more memory",
-    ),
-    _row(
-        "initrd-compression",
-        r"^.*(?:compression method \w+ not configured|Decoding failed|rootfs image is not initramfs \("
-        r"|Initramfs unpacking failed: (?:invalid magic|no cpio magic|compression)).*$",
-        "the kernel cannot unpack this initramfs",
-        "the kernel needs the decompressor (CONFIG_RD_ZSTD=y …), and the file must be a newc cpio archive, whole",
-    ),
-    _row(
-        "initrd-damaged", r"^.*Initramfs unpacking failed: .*$",
-        "the initramfs is damaged",
-    ),
-    _row(
-        "mount-options",
-        r"^.*(?:[Uu]nknown (?:parameter|mount option)|Unrecognized mount option|can't mount with data=).*$",
-        "the root filesystem refuses rootflags=", "rootflags= must fit the filesystem in the image",
-    ),
-    _row(
-        "init-missing", r"^.*VFS: Cannot open root device \"\".*$",
-        "the initramfs has no /init that the kernel could start, and there is no root= to look elsewhere",
-        "an initramfs needs an executable /init",
-    ),
-    _row(
-        "root-missing",
-        rf"^.*(?:VFS: Cannot open root device .*unknown-block\(0,0\)"
-        rf"|{_PANIC}VFS: Unable to mount root fs on .*unknown-block\(0,0\)).*$",
-        "there is no root device in the guest",
-        "the kernel needs the driver (NVDIMM: ACPI_NFIT, BLK_DEV_PMEM), the image a partition table, root= the name",
-    ),
-    _row(
-        "root-filesystem",
-        rf"^.*(?:VFS: Cannot open root device|{_PANIC}VFS: Unable to mount root fs on) .*$",
-        "the root device is there, but no filesystem of this kernel can be mounted from it",
-        "rootfstype= and rootflags= must fit the image, and the kernel must have that filesystem built in",
-    ),
-    _row(
-        "oom",
-        r"^.*(?:Kernel panic - not syncing: (?:System is deadlocked on memory|Out of memory)|Out of memory: Killed).*$",
-        "the guest ran out of memory", "give the guest more memory",
-    ),
-    _row(
-        "init-not-runnable",
-        r"^.*(?:Failed to execute \S+ \(error -\d+\)|Starting init: \S+ exists but couldn't"
-        r"|Requested init \S+ failed \(error -\d+\)).*$",
-        "the kernel could not start init",
-        "error -2: it or its interpreter is missing; -13: not executable; -8: not a program of this architecture;"
-        " -26: the initramfs ends in the middle of it",
-    ),
-    _row(
-        "init-missing", rf"^.*{_PANIC}No (?:working )?init found.*$|^.*check access for rdinit=\S+ failed.*$",
-        "there is no program for the kernel to start",
-        "an initramfs needs /init, an image /sbin/init (or init=)",
-    ),
-    _row(
-        "init-exited", rf"^.*{_PANIC}Attempted to kill init! exitcode=(?P<code>0x[0-9a-f]+).*$",
-        "init ended (wait status {code}), which a kernel does not survive",
-        "look at the console's last lines before the panic for what init said",
-    ),
-    _row("panic", rf"^.*{_PANIC}(?P<why>.*)$", "the guest's kernel panicked: {why}"),
-    _row(
-        "filesystem-damaged", r"^.*(?:EXT4-fs error|erofs: .*(?:corrupted|bogus)|XFS.*[Cc]orruption).*$",
-        "the root filesystem is damaged", "build it again, and look for what wrote to the image",
-    ),
-    _row(
-        "oops", r"^.*(?:BUG: unable to handle|BUG: kernel NULL pointer|general protection fault|Oops: ).*$",
-        "the guest's kernel stumbled over a bug (an oops)",
-    ),
-    _row(
-        "restarted", r"^.*reboot: (?:machine restart|Restarting system).*$",
-        "the guest restarted itself", "look at the console's last lines before it for who asked",
-    ),
-    _row(
-        "powered-off", r"^.*reboot: (?:Power down|Power off not available|System halted).*$",
-        "the guest switched itself off", "look at the console's last lines before it for who asked",
-    ),
-)  # fmt: skip
-
-_ALWAYS_BAD: Final = frozenset(
-    ("initrd-memory", "initrd-compression", "initrd-damaged", "filesystem-damaged", "verity", "oops", "panic", "oom")
-)
-
-_PHASES: Final[Mapping[Phase, re.Pattern[str]]] = {
-    Phase.agent: re.compile(r'"msg":"agent started"'),
-    Phase.init: re.compile(r"Run \S+ as init process|systemd\[1\]:"),
-    Phase.kernel: re.compile(r"Linux version \d|^\[ *\d+\.\d{6}\] ", re.MULTILINE),
-    Phase.firmware: re.compile(r"\S"),
-}  # furthest first
+_NO_VSOCK: Final = "vsock://-1:"  # VMADDR_CID_ANY where the guest's number should stand: it has no such device
+_OWN_FAULT: Final = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+_LISTENING: Final = re.compile(r'^.*"msg":"listening".*"address":"([^"]*)".*$', re.MULTILINE)
+_CONSOLE: Final = re.compile(rf"^(?:{last_words.TIME})?printk: (?:legacy )?console \[(?:ttyS0|ttyAMA0)\] enabled", re.M)
+_BOOT_CONSOLE: Final = re.compile(rf"^(?:{last_words.TIME})?printk: (?:legacy )?bootconsole \[\S+\] disabled.*$", re.M)
+# Those that a guest can have brought about, long after a VMM had read its options.
+_OF_RUNNING: Final = ("vmm-kvm", "vmm-memory")
+_HARMLESS: Final = re.compile(r": (?:warning|info): |falling back to ")
+_WORDS: Final = "ommand line: "
+_EXITED: Final = re.compile(r"exitcode=0x0000(?!00)[0-9a-f]{2}00")
+_NO_LOADER: Final = "exitcode=0x00007f00"
+_BOUND: Final = re.compile(rf"^{BOUND}.*$", re.MULTILINE)
+_RESET: Final = re.compile(r"^.*[Tt]riple fault.*$", re.MULTILINE)
 
 
 def explain(evidence: Evidence) -> Cause:
     """The cause, as far as the evidence goes."""
-    early = evidence.phase is Phase.nothing
-    if early and not evidence.stopped and evidence.status is not None:
-        said = _first(VMM, evidence.log)
-        if said is not None:
-            return said
-    shown = _first(GUEST, evidence.console)
-    if shown is None:
-        return _by_outcome(evidence)
-    # In a guest that still runs, a line that would explain its end is a guess about its silence.
-    return shown if evidence.ended else dataclasses.replace(shown, certain=False)
+    if evidence.over and evidence.read.end[0] is End.unsaid and (said := _by_vmm(evidence)) is not None:
+        return said
+    if evidence.doubt:
+        return _outcome("kvm-disguise", line=evidence.doubt)
+    last = (last_lines(evidence.console, 1) or [""])[0]
+    if evidence.over_kernel and _is_early(evidence) and not evidence.answered:
+        return _outcome(
+            "initrd-memory", line=last, memory=evidence.memory_mib, over=-(-evidence.over_kernel // 1024)
+        )  # fmt: skip
+    findings = _look(GUEST, evidence)
+    # A stable sort: of two that one line shows the first row is the more specific. What a guest survived hides no end.
+    grave = [found for found in findings if found.grade > Grade.weak]
+    grave.sort(key=lambda found: (-found.grade, found.at))
+    if _is_tiny(evidence) and (not grave or grave[0].cause.name in OF_MEMORY):
+        sure = evidence.memory_mib < _TINY * evidence.kernel_mib
+        return _outcome(
+            "memory-tiny", line=last, certain=sure, memory=evidence.memory_mib, kernel=evidence.kernel_mib
+        )  # fmt: skip
+    if grave:
+        return grave[0].cause
+    seen = evidence.flooded or (evidence.over and evidence.status != 0)
+    outcome = (None if seen else unseen(evidence)) or _by_outcome(evidence)
+    return findings[0].cause if findings and not outcome.certain else outcome
+
+
+def _by_vmm(evidence: Evidence) -> Cause | None:
+    """What a VMM says, and how it ended, of a guest whose kernel did not say that it is over."""
+    assert evidence.status is not None
+    if evidence.status < 0 and (told := _BOUND.search(evidence.log)) is not None:
+        return _outcome("disk-flood", line=told[0])
+    said = _first((TERMINATED,), evidence.log)
+    if said is None and (evidence.status > 0 or -evidence.status in _OWN_FAULT):
+        said = _complaint(evidence.log, running=evidence.phase is not Phase.nothing)
+    if said is not None and not (evidence.doubt and said.name == "vmm-kvm"):
+        return said
+    return _by_outcome(evidence) if evidence.status < 0 and not evidence.doubt else None
+
+
+def _complaint(log: str, *, running: bool) -> Cause | None:
+    """The last that a row knows: what a VMM says before may be what it lives with."""
+    table = tuple(row for row in VMM if not running or row.name in _OF_RUNNING)
+    lines = (line for line in reversed(log.splitlines()) if not _HARMLESS.search(line))
+    return next((found for line in lines if (found := _first(table, line)) is not None), None)
+
+
+class Grade(enum.IntEnum):
+    """How much a line explains."""
+
+    nothing = enum.auto()  # it is of another device, or of what was long over
+    weak = enum.auto()  # many a healthy guest has such a line
+    suspect = enum.auto()  # something is broken, and perhaps it is that
+    certain = enum.auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """A row that fits, where, and how well."""
+
+    cause: Cause
+    at: int  # in Console.text
+    grade: Grade
+
+
+def _look(table: Iterable[Symptom], evidence: Evidence) -> list[_Found]:
+    """Every row that fits, by the line that explains most."""
+    console = evidence.read
+    found = []
+    for row in table:
+        if row.phase not in (None, console.phase):
+            continue
+        text = console.kernel if row.by is Speaker.kernel else console.text
+        matches = list(row.pattern.finditer(text))
+        if matches:
+            at = [console.place(match.start()) if row.by is Speaker.kernel else match.start() for match in matches]
+            how = _How.of(row, at[-1], evidence)
+            grades = [_grade(row, match, how, console) for match in matches]
+            best = max(range(len(matches)), key=lambda index: grades[index])
+            cause = _cause(row, matches[best], certain=grades[best] is Grade.certain and console.stamped)
+            found.append(_Found(cause=cause, at=at[best], grade=grades[best]))
+    return [one for one in found if one.grade > Grade.nothing]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _How:
+    """How a guest ended after the last line of a row: the same for each of its lines, of which there may be many."""
+
+    end: End
+    explained: bool  # by such a line
+    given_up: bool  # we ended it, because of one
+    stopped: bool  # it says nothing behind such a line, and is over
+    stale: bool  # what stood still went on
+    broken: bool  # what it was given is, whether it came to init or not, and it fell silent
+
+    @classmethod
+    def of(cls, row: Symptom, last: int, evidence: Evidence) -> _How:
+        """`last`: where the last line of the row begins."""
+        console = evidence.read
+        end, why = console.end
+        if end is End.left and not evidence.over:
+            end = End.unsaid
+        went_on = console.went_on(last)
+        return cls(
+            end=end,
+            explained=end in row.ends and _explains(row, end, why, last, console),
+            given_up=row.final and end is End.unsaid and evidence.given_up and bool(GIVES_UP.search(console.text)),
+            stopped=end is End.unsaid and evidence.over and not went_on,
+            stale=row.name == "kernel-stuck" and went_on,
+            broken=row.name in HALF_THERE and end is End.unsaid and _is_silent(evidence),
+        )
+
+
+def _grade(row: Symptom, match: re.Match[str], how: _How, console: Console) -> Grade:
+    is_roots = _is_the_roots(row, match, console)
+    mounted = row.ends and row.ends <= {End.root, End.start} and console.phase in (Phase.init, Phase.agent)
+    if is_roots is False or (mounted and how.end is not End.start and not how.broken) or how.stale:
+        return Grade.nothing
+    if is_roots is None:
+        return Grade.weak
+    if how.explained or how.given_up or how.broken:
+        return Grade.certain
+    if how.end is End.init and row.name == "oops" and console.process(match.end()) == 1:
+        return Grade.certain
+    if row.name in ALWAYS_BAD and row.name != "oom":
+        return Grade.certain if how.stopped else Grade.suspect
+    return Grade.suspect if row.final and how.end is End.left else Grade.weak
+
+
+def _explains(row: Symptom, end: End, why: str, last: int, console: Console) -> bool:
+    """Whether a row of such an end came soon before it: programs live with much, and only init's end is its own."""
+    if not row.near or end is not End.init:
+        return True
+    if row.but:
+        return (
+            _EXITED.search(why) is not None and console.said_since(last) and not console.said_since(last, but=row.but)
+        )
+    return not console.said_since(last) and (row.name != "library-missing" or _NO_LOADER in why)
+
+
+def _is_the_roots(row: Symptom, match: re.Match[str], console: Console) -> bool | None:
+    """Whether a line is about the root, as far as it says what it is about; None: nobody knows."""
+    words, roots = match.groupdict(), console.roots
+    device = "".join(value for name, value in words.items() if name.startswith("device") and value)
+    device = re.sub(r"^(?:pfn|namespace|region)(\d+)$", r"pmem\1", device)
+    kind = next((value for name, value in words.items() if name.startswith("filesystem") and value), "")
+    if kind and kind not in console.tried:
+        return False
+    if row.name == "verity":
+        return roots is None or any(root.startswith("dm-") for root in roots)
+    if not device:
+        return True
+    if roots is None:
+        return None if console.stamped and _WORDS in console.kernel else True
+    rests = (root.removeprefix(device) for root in roots if root.startswith(device))
+    return any(re.fullmatch(r"(?:p?\d+)?", rest) for rest in rests)
+
+
+def _is_tiny(evidence: Evidence) -> bool:
+    """It ended before init, in memory that is not twice what its kernel takes."""
+    return _is_early(evidence) and evidence.ended and evidence.memory_mib < 2 * evidence.kernel_mib
+
+
+def _is_silent(evidence: Evidence) -> bool:
+    """It still ran, and nothing of its own doing made us end it."""
+    return not (evidence.over or evidence.given_up or evidence.flooded)
+
+
+def _is_early(evidence: Evidence) -> bool:
+    """It never came to init."""
+    return evidence.phase in (Phase.nothing, Phase.firmware, Phase.kernel)
+
+
+def unseen(evidence: Evidence) -> Cause | None:
+    """Why a console does not say what it should, of a guest that may be right."""
+    last = (last_lines(evidence.console, 1) or [""])[0]
+    if evidence.full:
+        return _outcome("console-full", line=last)
+    told = _BOOT_CONSOLE.search(evidence.read.kernel)
+    if told is not None and not _CONSOLE.search(evidence.read.kernel) and evidence.phase is Phase.kernel:
+        return _outcome("console-wrong", line=told[0], certain=evidence.answered)
+    return None
 
 
 def trouble(evidence: Evidence) -> Cause | None:
-    """What a kernel says only when something is broken, even if the guest went on."""
-    return _first(tuple(row for row in GUEST if row.name in _ALWAYS_BAD), evidence.console)
+    """What a kernel says only when something of its guest's is broken, even if the guest went on."""
+    guess: Cause | None = None
+    for cause in _troubles(evidence.read):
+        if cause.certain:
+            return cause
+        guess = guess or cause
+    return guess
+
+
+def _troubles(console: Console) -> Iterator[Cause]:
+    """Certain is what a row shows that explains some end; where it explains none, it is of a program."""
+    for row in (row for row in GUEST if row.name in ALWAYS_BAD):
+        for match in row.pattern.finditer(console.kernel):
+            is_roots = _is_the_roots(row, match, console)
+            if is_roots is not False:
+                yield _cause(row, match, certain=is_roots is True and bool(row.ends) and console.stamped)
+
+
+def listens(addresses: Iterable[str], transport: str) -> bool:
+    """Whether an agent that says that it listens there can be asked this way."""
+    way = "virtio-serial:" if transport == "serial" else "vsock:"
+    return any(address.startswith(way) and not address.startswith(_NO_VSOCK) for address in addresses)
 
 
 def console_text(path: Path) -> str:
@@ -269,65 +328,64 @@ def last_lines(text: str, count: int = 40) -> list[str]:
 
 
 def _first(table: tuple[Symptom, ...], text: str) -> Cause | None:
-    for symptom in table:
-        match = symptom.pattern.search(text)
-        if match is not None:
-            groups = {name: (value or "").strip() for name, value in match.groupdict().items()}
-            return Cause(
-                name=symptom.name,
-                sentence=symptom.sentence.format_map(groups),
-                line=match[0].strip()[:LINE_CHARACTERS],
-                hint=symptom.hint,
-            )
-    return None
+    """Of a VMM's words."""
+    matches = ((row, row.pattern.search(text)) for row in table)
+    return next((_cause(row, match) for row, match in matches if match is not None), None)
+
+
+def _cause(row: Symptom, match: re.Match[str], *, certain: bool = True) -> Cause:
+    groups = {name: (value or "").strip() for name, value in match.groupdict().items()}
+    line = (groups.get("shows") or match[0].strip()).partition("\n")[0][:LINE_CHARACTERS]
+    return Cause(
+        name=row.name, sentence=row.sentence.format_map(groups), line=line, hint=row.hint, certain=certain
+    )  # fmt: skip
+
+
+def _outcome(name: str, *, line: str = "", certain: bool = True, **words: object) -> Cause:
+    outcome = OUTCOMES[name]
+    return Cause(
+        name=name, sentence=outcome.sentence.format_map(words), line=line, hint=outcome.hint, certain=certain
+    )  # fmt: skip
 
 
 def _by_outcome(evidence: Evidence) -> Cause:
     """No line explains it: what can be said from how it ended, and how far it came."""
     last = (last_lines(evidence.console, 1) or [""])[0]
     if evidence.flooded:
-        return Cause(name="flood", sentence="the guest wrote to its console without end, and was stopped", line=last)
+        return _outcome("flood", line=last)
     if evidence.status is not None and not evidence.stopped:
-        return _by_status(evidence, evidence.status, (last_lines(evidence.log, 1) or [last])[0])
+        return _by_status(evidence, evidence.status, last)
     return _by_phase(evidence, last)
 
 
-def _by_status(evidence: Evidence, status: int, line: str) -> Cause:
+def _by_status(evidence: Evidence, status: int, last: str) -> Cause:
+    said = (last_lines(evidence.log, 1) or [""])[0]
     if status < 0:
         number = signal.Signals(-status).name if -status in signal.valid_signals() else str(-status)
-        return Cause(name="vmm-killed", sentence=f"somebody killed the VMM ({number})", line=line)
+        return _outcome("vmm-crashed" if -status in _OWN_FAULT else "vmm-killed", line=said or last, signal=number)
     if status > 0:
-        return Cause(
-            name="vmm-failed",
-            sentence=f"the VMM exited with {status}: {line}" if line else f"the VMM exited with {status}",
-            line=line,
-        )
-    if evidence.phase is Phase.nothing:
-        hint = "too little memory for the kernel and the initramfs, or a kernel for another machine, looks like this"
-        return Cause(name="vmm-exited", sentence="the VMM ended before a guest was seen", line=line, hint=hint)
-    return Cause(
-        name="guest-ended", sentence="the guest restarted or powered off, and its console does not say why", line=line
-    )
+        return _outcome("vmm-failed", line=said or last, status=status, said=f": {said}" if said else "")
+    told = _RESET.search(evidence.log)
+    # A guest's restart ends it, by -no-reboot, and a kernel announces those: where anybody can see it.
+    seen = evidence.phase not in (Phase.nothing, Phase.firmware)
+    return _outcome("triple-fault", line=told[0] if told else last, certain=seen or told is not None)
 
 
 def _by_phase(evidence: Evidence, last: str) -> Cause:
-    """It lives, or did when we stopped waiting: nothing is certain."""
-    if evidence.phase is Phase.nothing:
-        hint = "was the kernel built for this machine, with CONFIG_PVH=y and a serial console?"
-        return Cause(name="silent", sentence="the guest never wrote anything", hint=hint, certain=False)
+    """It lives, or did when we stopped waiting: little is certain."""
     if evidence.phase is Phase.agent and not evidence.answered:
-        return Cause(name="agent-silent", sentence="the agent started, and never answered", line=last, certain=False)
-    if evidence.phase is Phase.init:
-        return Cause(
-            name="agent-absent", sentence="the kernel started init, and no agent was heard of", line=last,
-            hint="is there an agent in the image, and does init start it?", certain=False,
-        )  # fmt: skip
-    sentence = f"unknown, last seen: {last}" if last else "unknown"
-    return Cause(name="unknown", sentence=sentence, line=last, certain=False)
+        return _by_addresses(evidence, last)
+    names = {Phase.nothing: "silent", Phase.init: "agent-absent"}
+    return _outcome(names.get(evidence.phase, "unknown"), line=last, certain=False, last=last)
 
 
-def _phase(console: str) -> Phase:
-    for phase, pattern in _PHASES.items():
-        if pattern.search(console):
-            return phase
-    return Phase.nothing
+def _by_addresses(evidence: Evidence, last: str) -> Cause:
+    """The agent started, and says where it listens."""
+    found = {match[1]: match[0] for match in _LISTENING.finditer(evidence.read.text)}
+    if listens(found, evidence.transport) or not (found or evidence.given_up):
+        return _outcome("agent-silent", line=last, certain=False)
+    line = next(iter(found.values()), last)[:LINE_CHARACTERS]
+    if found and all(address.startswith("unix:") for address in found):
+        return _outcome("agent-deaf", line=line, certain=evidence.given_up, addresses=", ".join(found))
+    missing = "serial-missing" if evidence.transport == "serial" else "vsock-missing"
+    return _outcome(missing, line=line, certain=evidence.given_up)

@@ -23,7 +23,18 @@ from pathlib import Path
 from typing import Final
 
 from osbuild import oci
-from osbuild.cache import VERSION, Cache, NoLocksError, flock, make_directory, reading, set_aside, touch, writing
+from osbuild.cache import (
+    MORE_ROOM,
+    VERSION,
+    Cache,
+    NoLocksError,
+    flock,
+    make_directory,
+    reading,
+    set_aside,
+    touch,
+    writing,
+)
 from osbuild.errors import HostError, InputError
 from osbuild.oci import Descriptor, check_digest
 from osbuild.output import sync, write_whole
@@ -81,7 +92,7 @@ class Blobs:
             if fetch is None:
                 raise InputError(
                     f"{where}: {descriptor.digest} {problem} {quote(str(self.cache.root))}",
-                    hint="run it once without --offline, or use the cache it was fetched into (OSBUILDER_CACHE)",
+                    hint="run it once without --offline, or use the cache it was fetched into (--cache-dir)",
                 )
             found = self._fetch(descriptor, fetch, where)
         try:
@@ -294,7 +305,7 @@ def _check_room(cache: Cache, descriptor: int, missing: int) -> None:
     if room.f_blocks and free < missing:
         raise HostError(
             f"no room in the cache {quote(str(cache.root))}: {missing} bytes are needed, {free} are free",
-            hint="remove what is old with: osbuilder cache prune; or set OSBUILDER_CACHE to a directory with more room",
+            hint=MORE_ROOM,
         )
 
 

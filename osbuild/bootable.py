@@ -10,16 +10,18 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from osbuild.arch import Arch
 from osbuild.elf import Elf, read_elf
 from osbuild.errors import InputError
-from osbuild.loader import Missing, Resolution, libraries
 from osbuild.systemd import SERVICE, TARGET, UNITS
 from osbuild.tree import Entry, Tree, quote
 from osbuild.units import Unit, find_unit, is_masked, read_unit
 from osbuild.view import View, read_at
+
+if TYPE_CHECKING:  # what nothing but a dynamic program needs is imported for one
+    from osbuild.loader import Missing, Resolution
 
 MOUNT_POINTS: Final = ("/proc", "/sys", "/dev", "/run", "/tmp")  # noqa: S108  # the guest's
 
@@ -219,6 +221,8 @@ class _Judge:
 
     def _loaded(self, path: str, elf: Elf, problem: Callable[[str, str], Problem]) -> Iterator[Problem]:
         """A program that a dynamic loader starts: the loader, and all that it would open."""
+        from osbuild.loader import libraries
+
         loader = posixpath.join("/", elf.interpreter)
         found = list(self.program(loader, f"the dynamic loader of {quote(path)}"))
         yield from found

@@ -18,7 +18,6 @@ import fcntl
 import json
 import os
 import pwd
-import secrets
 import shutil
 import stat
 import tempfile
@@ -35,7 +34,12 @@ from osbuild.tree import quote
 VERSION: Final = "v1"  # of the layout above: another version never reads this one's entries
 LOCKS: Final = "locks"
 STAGING: Final = "staging-"
-MOVE_IT: Final = "set OSBUILDER_CACHE to a directory"
+SETTING: Final = "OSBUILDER_CACHE"
+OPTION: Final = "--cache-dir"
+MOVE_IT: Final = f"name a directory with {OPTION} DIR or {SETTING}"
+MORE_ROOM: Final = (
+    f"remove what is old with: osbuilder cache prune; or name a directory with more room by {OPTION} DIR or {SETTING}"
+)
 
 _CONTENTS: Final = "contents.json"
 # Answers of a file system that knows no flock, or not this one (NFS: exclusively, and opened for reading).
@@ -160,9 +164,14 @@ class Cache:
         return self.root / VERSION / kind / key
 
 
+def choose(root: str) -> None:
+    """Make this the default, here and in every process of ours that is started from here."""
+    os.environ[SETTING] = str(Path(root).absolute())
+
+
 def default_cache() -> Cache:
-    """$OSBUILDER_CACHE, or osbuilder/ below $XDG_CACHE_HOME or ~/.cache."""
-    named = os.environ.get("OSBUILDER_CACHE")
+    """What --cache-dir says, or $OSBUILDER_CACHE, or osbuilder/ below $XDG_CACHE_HOME or ~/.cache."""
+    named = os.environ.get(SETTING)
     if named:
         return Cache(root=Path(named).absolute())
     base = os.environ.get("XDG_CACHE_HOME")
@@ -194,7 +203,7 @@ def intact(directory: Path) -> bool:
 
 def set_aside(path: Path, seen: os.stat_result) -> Path | None:
     """Rename what is damaged to `<name>.bad-…`; None if it cannot be, or is no longer what was seen there."""
-    aside = path.with_name(f"{path.name}.bad-{secrets.token_hex(4)}")
+    aside = path.with_name(f"{path.name}.bad-{os.urandom(4).hex()}")
     with contextlib.suppress(OSError):
         if os.path.samestat(path.lstat(), seen):  # else somebody else has made it again meanwhile
             return path.rename(aside)
@@ -230,8 +239,7 @@ def writing(root: Path) -> Iterator[None]:
         if problem.errno not in _NO_ROOM | _NOT_OURS:
             raise
         message = f"cannot write to the cache {quote(str(root))}: {problem.strerror}"
-        hint = "remove what is old with: osbuilder cache prune; or set OSBUILDER_CACHE to a directory with more room"
-        raise HostError(message, hint=hint if problem.errno in _NO_ROOM else MOVE_IT) from problem
+        raise HostError(message, hint=MORE_ROOM if problem.errno in _NO_ROOM else MOVE_IT) from problem
 
 
 def flock(descriptor: int, operation: int) -> bool:

@@ -19,6 +19,7 @@ _STATIC: Final = {
     "leftover": "left by a run that was killed",
     "log": "of a build",
     "partial": "the beginning of a blob",
+    "probe": "the program that the smoke test asks in a guest",
     "scratch": "of kernel builds",
     "tree": "the list of an archive's files",
     "unknown": "not of this version",

@@ -9,15 +9,36 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import osbuild
-from osbuild import console, program, results
-from osbuild.arch import Arch, find_arch, host_arch
+from osbuild import (
+    cli_agent,
+    cli_cache,
+    cli_kernel,
+    cli_lock,
+    cli_matrix,
+    cli_publish,
+    cli_report,
+    console,
+    program,
+    results,
+)
 from osbuild.cache import default_cache
 from osbuild.errors import SpecError
-from osbuild.options import Words, build_spec, guest_spec, image_of, recipe_words, takes
-from osbuild.output import check_output
+from osbuild.options import (
+    Force,
+    Json,
+    OutFile,
+    Progress,
+    Quiet,
+    Words,
+    build_spec,
+    guest_spec,
+    image_of,
+    recipe_words,
+    takes,
+)
+from osbuild.replacing import check_replaceable
 
 if TYPE_CHECKING:  # what is slow to import is imported by the command that needs it
-    from osbuild.artifacts import File
     from osbuild.pipeline import Build
     from osbuild.recipe import Dockerfile
     from osbuild.report import Report
@@ -30,12 +51,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-kernel_app = typer.Typer(help="The guest kernel.", no_args_is_help=True)
-agent_app = typer.Typer(help="The guest agent.", no_args_is_help=True)
-cache_app = typer.Typer(help="What is kept between runs: pulled images, kernels, agents.", no_args_is_help=True)
-app.add_typer(kernel_app, name="kernel")
-app.add_typer(agent_app, name="agent")
-app.add_typer(cache_app, name="cache")
+app.add_typer(cli_kernel.app, name="kernel")
+app.add_typer(cli_agent.app, name="agent")
+app.add_typer(cli_cache.app, name="cache")
+app.command()(cli_lock.rebuild)
+app.command()(cli_matrix.matrix)
+app.command()(cli_report.report)
+cli_publish.register(app)
 
 Image = Annotated[
     str,
@@ -45,10 +67,6 @@ Image = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="the directory for all that is made")]
-OutFile = Annotated[Path, typer.Option("--out", "-o", help="the file to write")]
-ArchName = Annotated[str, typer.Option("--arch", help="x86_64 is the only one yet")]
-Json = Annotated[bool, typer.Option("--json", help="the result as JSON on standard output")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on standard error")]
 
 
 @app.callback(invoke_without_command=True)
@@ -61,7 +79,16 @@ def start(version: Annotated[bool, typer.Option("--version", help="print the ver
 @app.command()
 @takes("image", "recipe", "output", "disk", "initramfs", "rootfs", "kernel", "guest", "registry")
 def build(
-    words: Words, image: Image = "", out: Out = Path("osbuilder-out"), as_json: Json = False, quiet: Quiet = False
+    words: Words,
+    image: Image = "",
+    out: Out = Path("osbuilder-out"),
+    depfile: Annotated[
+        Path | None, typer.Option("--depfile", metavar="FILE", help="write the files that were read, for make")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace the --depfile, whatever it is")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    progress: Progress = console.AUTO,
 ) -> None:
     """Make everything, and boot it: the main command.
 
@@ -70,10 +97,19 @@ def build(
     Exit code: 0 every guest passed (or none was booted); 6 a guest was wrong; 7 a guest was silent; 2 usage; 3 the
     image was refused; 4 this machine lacks something; 5 a build step failed.
     """
-    from osbuild import pipeline
+    from osbuild import depfile as for_make
+    from osbuild import manifest, pipeline
 
-    show = console.Show(quiet=quiet)
-    result = pipeline.build(build_spec(_image(image, words, show), out, words), default_cache(), show)
+    show = console.Show(quiet=quiet, progress=progress)
+    if depfile is not None:
+        check_replaceable(depfile, "rules", force=force)
+    spec = build_spec(_image(image, words, show), out, words)
+    if depfile is not None:
+        for_make.check(spec, words.get("config"))
+    result = pipeline.build(spec, default_cache(), show)
+    if depfile is not None:
+        made = (manifest.MANIFEST, *result.manifest["outputs"])
+        for_make.write(depfile, spec, (out / name for name in made), words.get("config"))
     if as_json:
         console.print_json(_build_json(result, show))
     else:
@@ -88,10 +124,12 @@ def rootfs(
     image: Image = "",
     raw: Annotated[bool, typer.Option("--raw", help="the image itself: flattened, before policy and agent")] = False,
     tar: Annotated[Path | None, typer.Option("--tar", help="write the tree as a tar; - for standard output")] = None,
+    force: Force = False,
     explain: Annotated[bool, typer.Option("--explain", help="what each rule of the policy does, and why")] = False,
     render: Annotated[bool, typer.Option("--render", help="only print the recipe's Dockerfile")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    progress: Progress = console.AUTO,
 ) -> None:
     """What the guest's tree will be: a list, JSON, or a tar.
 
@@ -109,8 +147,8 @@ def rootfs(
     if tar is not None:
         if as_json and str(tar) == "-":
             raise SpecError("--json and --tar - both want standard output", hint="write the tar to a file")
-        results.check_tar(tar)
-    show = console.Show(quiet=quiet)
+        results.check_tar(tar, force=force)
+    show = console.Show(quiet=quiet, progress=progress)
     spec = build_spec(_image(image, words, show), Path(), words, smoke=False)
     if tar is not None and str(tar) != "-":
         check_apart(spec.image, tar)
@@ -135,7 +173,13 @@ def rootfs(
 @app.command()
 @takes("image", "recipe", "disk", "rootfs", "registry")
 def image(
-    words: Words, image: Image = "", out: OutFile = Path("guest.img"), as_json: Json = False, quiet: Quiet = False
+    words: Words,
+    image: Image = "",
+    out: OutFile = Path("guest.img"),
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    progress: Progress = console.AUTO,
 ) -> None:
     """Only the disk image, with the agent in it.
 
@@ -147,13 +191,13 @@ def image(
     from osbuild import manifest, pipeline
     from osbuild.sources import check_apart
 
-    show = console.Show(quiet=quiet)
-    check_output(out)
+    show = console.Show(quiet=quiet, progress=progress)
+    check_replaceable(out, "image", force=force)
     spec = build_spec(_image(image, words, show), out.parent, words, kinds=("image",), smoke=False)
     check_apart(spec.image, out)
     pipeline.check_host(spec.disk)
     disk = pipeline.make_image(spec, pipeline.open_rootfs(spec, default_cache(), show), out, show)
-    _print_file(disk.file, manifest.about_disk(disk) | {"words": list(disk.words)}, as_json=as_json)
+    results.print_file(disk.file, manifest.about_disk(disk) | {"words": list(disk.words)}, as_json=as_json)
     if disk.verity is not None and not as_json:
         console.print_lines([disk.verity.params])
 
@@ -161,7 +205,13 @@ def image(
 @app.command()
 @takes("image", "recipe", "initramfs", "rootfs", "registry")
 def initrd(
-    words: Words, image: Image = "", out: OutFile = Path("guest.initrd"), as_json: Json = False, quiet: Quiet = False
+    words: Words,
+    image: Image = "",
+    out: OutFile = Path("guest.initrd"),
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    progress: Progress = console.AUTO,
 ) -> None:
     """Only the initramfs, with the agent in it.
 
@@ -172,8 +222,8 @@ def initrd(
     from osbuild import pipeline
     from osbuild.sources import check_apart
 
-    show = console.Show(quiet=quiet)
-    check_output(out)
+    show = console.Show(quiet=quiet, progress=progress)
+    check_replaceable(out, "initramfs", force=force)
     spec = build_spec(_image(image, words, show), out.parent, words, kinds=("initrd",), smoke=False)
     check_apart(spec.image, out)
     made = pipeline.make_initrd(spec, pipeline.open_rootfs(spec, default_cache(), show), out, show)
@@ -181,7 +231,33 @@ def initrd(
         "compression": made.compression, "unpacked": made.unpacked, "entries": made.entries, "memory": made.memory,
         "skipped": made.skipped, "lost_xattrs": made.lost_xattrs,
     }  # fmt: skip
-    _print_file(made.file, about, as_json=as_json)
+    results.print_file(made.file, about, as_json=as_json)
+
+
+@app.command()
+@takes("guest")
+def boot(
+    words: Words,
+    out: Annotated[Path, typer.Argument(help="the directory of a build")],
+    root: Annotated[str, typer.Option("--root", help="image, initrd, image-verity, …; the first when not given")] = "",
+    quiet: Quiet = False,
+    progress: Progress = console.AUTO,
+) -> None:
+    """Boot what a build made with its console on this terminal.
+
+    Ctrl-A x ends it, Ctrl-A h says what else there is; what is typed goes to the guest. Its agent is not asked, and it
+    has no network card: --network and what else a test of it takes are said to do nothing.
+
+    Exit code: QEMU's, 0 when the guest or the person ended it.
+    """
+    from osbuild import pipeline
+
+    show = console.Show(quiet=quiet, progress=progress)
+    idle = [word for word in ("network", "check", "guests", "timeout", "transport") if words.get(word)]
+    words = {word: value for word, value in words.items() if word not in idle}
+    if idle:
+        show.say(f"only smoke looks at {', '.join(idle)}: here it does nothing")
+    raise typer.Exit(pipeline.boot_here(out, root, guest_spec(words), show))
 
 
 @app.command()
@@ -189,8 +265,12 @@ def initrd(
 def smoke(
     words: Words,
     out: Annotated[Path, typer.Argument(help="the directory of a build")],
+    find_min_memory: Annotated[
+        bool, typer.Option("--find-min-memory", help="find the least memory that boots each, for the manifest to keep")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    progress: Progress = console.AUTO,
 ) -> None:
     """Boot what a build made once more.
 
@@ -201,198 +281,21 @@ def smoke(
     """
     from osbuild import pipeline
 
-    report = pipeline.boot_again(out, guest_spec(words), console.Show(quiet=quiet))
+    if find_min_memory:
+        found = pipeline.find_least_memory(out, guest_spec(words), console.Show(quiet=quiet, progress=progress))
+        if as_json:
+            console.print_json({"least_memory_mib": found})
+        else:
+            console.print_lines(
+                f"{name}: {mib} MiB" if mib else f"{name}: does not boot" for name, mib in found.items()
+            )
+        raise typer.Exit(0 if all(found.values()) else 6)
+    report = pipeline.boot_again(out, guest_spec(words), console.Show(quiet=quiet, progress=progress))
     if as_json:
         console.print_json(_report_json(report))
     else:
         results.print_boots(report, out)
     raise typer.Exit(report.code)
-
-
-@kernel_app.command("build")
-@takes("kernel")
-def kernel_build(
-    words: Words,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="a directory to copy the kernel to")] = None,
-    arch: ArchName = "",
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Build the guest kernel, or find it built."""
-    from osbuild import pipeline
-
-    spec = build_spec("", out or Path(), {"arch": arch, **words} if arch else words, smoke=False)
-    show = console.Show(quiet=quiet)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    made = pipeline.make_kernel(spec, default_cache(), show)
-    if out is not None:
-        made = pipeline.copy_kernel(made, out.absolute())
-    about = {"release": made.release, "arch": made.arch, "key": made.key, "cached": made.cached}
-    files = {name: getattr(made, name) for name in ("vmlinux", "vmlinuz", "config")}
-    if as_json:
-        console.print_json(about | {name: _file_json(file) for name, file in files.items()})
-        return
-    rows = [(name, console.size_text(file.size), file.sha256[:12], str(file.path)) for name, file in files.items()]
-    console.print_table(f"Linux {made.release}", ("file", "size", "sha256", "where"), rows)
-
-
-@kernel_app.command("config")
-@takes("kernel")
-def kernel_config(words: Words, arch: ArchName = "") -> None:
-    """Print the .config that the fragments come to; fails when an option asked for is not in it."""
-    from osbuild.kernel import configure, default_spec
-
-    wanted = default_spec(_arch(arch), features=words.get("with", ()), source=words.get("source"))
-    sys.stdout.write(configure(wanted, default_cache()))
-
-
-@agent_app.command("build")
-def agent_build(
-    out: OutFile = Path("osbuilder-agent"),
-    arch: Annotated[str, typer.Option("--arch", help="x86_64 or aarch64; this machine's when not given")] = "",
-    as_json: Json = False,
-) -> None:
-    """Compile the built-in agent: a static PIE, the same bytes from the same source.
-
-    For another architecture it takes zig (pip install 'osbuilder[cross]') or Debian's cross compiler; the first time
-    zig compiles its libc, which takes minutes.
-    """
-    from osbuild.agent import agent_version, build_agent
-    from osbuild.artifacts import File
-    from osbuild.output import write_whole
-
-    check_output(out)
-    data = build_agent(_arch(arch), default_cache()).path.read_bytes()
-    write_whole(out, data)
-    out.chmod(0o755)
-    _print_file(File.of(out), {"version": agent_version(data)}, as_json=as_json)
-
-
-@agent_app.command("swap")
-@takes("disk")
-def agent_swap(
-    words: Words,
-    image: Annotated[Path, typer.Argument(help="a disk image of osbuilder's: OUT/rootfs.img, or one alone")],
-    agent: Annotated[str, typer.Argument(help="builtin, or the path of an agent or of a tarball with one")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="the file to write, instead of the image")] = None,
-    as_json: Json = False,
-) -> None:
-    """Put another agent into an image: the bytes that a clean build with it would give.
-
-    In a build's directory initrd.img, manifest.json and lock.json change too, and the smoke test's report goes. For an
-    image alone, give the words it was made with (--align, --size, --free, --writable, --salt); the rest is seen.
-    """
-    from osbuild import swap
-    from osbuild.options import disk_spec
-
-    if out is not None:
-        check_output(out)
-    done = swap.swap(image, agent, default_cache(), out=out, disk=disk_spec(words) if words else None)
-    if as_json:
-        console.print_json(done.to_dict())
-    else:
-        console.print_lines(swap.lines(done))
-
-
-@agent_app.command("version")
-def agent_version_of(
-    file: Annotated[Path, typer.Argument(help="an agent's binary")],
-    run: Annotated[bool, typer.Option("--run", help="also run it with --version, and take its word")] = False,
-    as_json: Json = False,
-) -> None:
-    """Say which agent a program is, from its bytes; nothing is run without --run.
-
-    Name, version, architecture, whether it is static, the protocol, and how each was found out. What its bytes do not
-    say is "unknown". With --run it gets no environment, five seconds, and limits on memory and output.
-
-    Exit code: 0 it is a program for a guest; 3 it is not.
-    """
-    from osbuild import agent_binary
-
-    found = agent_binary.read_binary(file)
-    if run:
-        found = agent_binary.ask(file, found)
-    if as_json:
-        console.print_json(found.to_dict())
-    else:
-        results.print_agent(found)
-
-
-@cache_app.command("ls")
-def cache_ls(
-    everything: Annotated[bool, typer.Option("--all", help="locks and logs too")] = False, as_json: Json = False
-) -> None:
-    """What is there: kind, size, last use.
-
-    \b
-    agent, kernel  made once from the same source
-    tag            what an image's name meant when it was pulled
-    blob           a part of an image that was pulled
-    partial        the beginning of one, to go on from
-    tree           the list of an archive's files
-    base-image     Debian or busybox, made by scripts/base-image
-    scratch        kernel sources and ccache; goes with prune --all only
-    damaged        set aside, and made again when it is needed
-    leftover       of a run that was killed
-    """
-    from osbuild.housekeeping import survey
-
-    items = survey(default_cache())
-    if as_json:
-        console.print_json([item.to_dict() for item in items])
-    else:
-        results.print_cache(default_cache().root, items, everything=everything)
-
-
-@cache_app.command("verify")
-def cache_verify(as_json: Json = False) -> None:
-    """Read everything again, set aside what is damaged.
-
-    It is made or pulled again when it is needed.
-
-    Exit code 3 when something was damaged.
-    """
-    from osbuild.housekeeping import verify
-
-    found = verify(default_cache())
-    bad = [each for each in found if each.problem]
-    if as_json:
-        console.print_json([each.to_dict() for each in found])
-    else:
-        console.print_lines(f"{each.kind} {each.key}: {each.problem}" for each in bad)
-        console.print_lines([f"{len(found)} checked, {len(bad)} damaged"])
-    raise typer.Exit(3 if bad else 0)
-
-
-@cache_app.command("prune")
-def cache_prune(
-    days: Annotated[float, typer.Option("--days", help="keep what was used within so many days")] = 30.0,
-    most: Annotated[int | None, typer.Option("--most", metavar="MIB", help="keep at most so many MiB")] = None,
-    kinds: Annotated[list[str] | None, typer.Option("--kind", help="only this kind; may be given again")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="everything that no process uses")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
-    as_json: Json = False,
-) -> None:
-    """Remove what was not used for long.
-
-    And what killed runs left; never what a process is using.
-    """
-    from osbuild.housekeeping import prune
-
-    done = prune(
-        default_cache(), keep_days=days, most_bytes=None if most is None else most << 20, everything=everything,
-        dry_run=dry_run, kinds=frozenset(kinds) if kinds else None,
-    )  # fmt: skip
-    if as_json:
-        console.print_json(done.to_dict())
-    else:
-        word = "would go" if dry_run else "gone"
-        console.print_lines(f"{word}: {results.name(item)}" for item in done.removed)
-        console.print_lines(f"kept, in use: {results.name(item)}" for item in done.in_use)
-        console.print_lines(f"kept: {results.name(item)}: {reason}" for item, reason in done.failed)
-        console.print_lines([f"{console.size_text(done.size)} {word}"])
-    raise typer.Exit(4 if done.failed else 0)
 
 
 @app.command()
@@ -450,6 +353,80 @@ def diff(
 
 
 @app.command()
+def install(
+    prefix: Annotated[Path, typer.Option("--prefix", help="where share/kata-containers is: /opt/kata for Kata's own")],
+    out: Annotated[Path | None, typer.Argument(help="the directory of a build")] = None,
+    root: Annotated[str, typer.Option("--root", help="what is booted: image (unless there is none) or initrd")] = "",
+    kata: Annotated[
+        Path | None, typer.Option("--kata", help="the prefix of Kata's own release: its configurations are completed")
+    ] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="use what was in use before")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a build where Kata's runtimes look for it, and switch to it in one step.
+
+    Beside it go configurations for QEMU, Cloud Hypervisor and Firecracker, and runtime handlers for containerd. The
+    same build again changes nothing.
+
+    JSON: {"path", "version", "before", "changed", "root", "configurations": {runtime: {vmm: path}}, "containerd"}.
+    """
+    from osbuild import install as installation
+
+    done = installation.command(out, prefix, root=root, kata=kata, rollback=rollback)
+    if as_json:
+        console.print_json(done.to_dict())
+    else:
+        console.print_lines(done.lines())
+
+
+@app.command()
+def export(
+    build: Annotated[Path, typer.Argument(help="the directory of a build")],
+    kind: Annotated[str, typer.Option("--as", help="containerdisk: the image; kernelboot: the initramfs")],
+    name: Annotated[str, typer.Option("--name", metavar="REFERENCE", help="where the cluster will find the image")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="a directory that is not there yet")],
+    memory: Annotated[int, typer.Option("--memory", min=0, help="MiB of the virtual machine; 0: enough")] = 0,
+    as_json: Json = False,
+) -> None:
+    """A build as a container image for KubeVirt (an OCI layout), and the VirtualMachine that boots it.
+
+    JSON: {"path", "kind", "reference", "digest", "size", "image", "manifest", "files"}.
+    """
+    from osbuild.export import export as write_export
+
+    done = write_export(build, out, kind=kind, name=name, memory_mib=memory)
+    if as_json:
+        console.print_json(done.to_dict())
+    else:
+        console.print_lines(done.lines())
+
+
+@app.command()
+def seed(
+    user_data: Annotated[Path, typer.Option("--user-data", metavar="FILE", help="what the guest is to do")],
+    meta_data: Annotated[Path | None, typer.Option("--meta-data", metavar="FILE", help="with an instance-id")] = None,
+    network: Annotated[Path | None, typer.Option("--network-config", metavar="FILE", help="version 1 or 2")] = None,
+    out: OutFile = Path("seed.iso"),
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a NoCloud seed for cloud-init: an ISO with the volume id cidata, the same bytes every time.
+
+    Without --meta-data the instance-id is made from the content: another content, and cloud-init starts afresh.
+
+    JSON: {"path", "size", "sha256", "volume", "instance_id", "instance_id_made", "yaml_checked", "files"}.
+    """
+    from osbuild.seed import write_seed
+
+    check_replaceable(out, "iso", force=force)
+    done = write_seed(out, user_data, meta_data=meta_data, network_config=network)
+    if as_json:
+        console.print_json(done.to_dict())
+    else:
+        console.print_lines(done.lines())
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say which tools are here and which are missing.
 
@@ -470,10 +447,6 @@ def main() -> NoReturn:
     program.run(app)
 
 
-def _arch(name: str) -> Arch:
-    return find_arch(name) if name else host_arch()
-
-
 def _image(argument: str, words: Words, show: console.Show) -> str:
     """The image to start from; a recipe is built first."""
     name = image_of(argument, words)
@@ -481,6 +454,8 @@ def _image(argument: str, words: Words, show: console.Show) -> str:
         return name
     from osbuild import recipe
 
+    if words.get("offline"):
+        raise SpecError("a recipe installs packages from a network, and --offline touches none", hint="leave one out")
     return recipe.build(_dockerfile(words), show=show, fresh=words.get("fresh", False))
 
 
@@ -490,17 +465,6 @@ def _dockerfile(words: Words) -> Dockerfile:
     if "recipe" not in words:
         raise SpecError("no recipe is named", hint=f"--recipe {', '.join(recipe.RECIPES)}")
     return recipe.render(words["recipe"], **recipe_words(words))
-
-
-def _file_json(file: File) -> dict[str, Any]:
-    return {"path": str(file.path), "size": file.size, "sha256": file.sha256}
-
-
-def _print_file(file: File, about: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        console.print_json(_file_json(file) | about)
-    else:
-        sys.stdout.write(f"{file.path}  {console.size_text(file.size)}  sha256:{file.sha256}\n")
 
 
 def _build_json(result: Build, show: console.Show) -> dict[str, Any]:

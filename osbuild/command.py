@@ -2,14 +2,15 @@
 
 Programs get argument lists, never shell lines; an environment made from scratch (C locale, UTC, the caller's PATH);
 standard input from /dev/null unless they are given one; a process group of their own, which is ended whatever happens
-to us: on every way out of the block, and by the kernel (PR_SET_PDEATHSIG) when we are killed.
+to us: on every way out of the block, and by the kernel (PR_SET_PDEATHSIG) when we are killed. None writes a core file:
+what a program has in memory, a guest's or a password, is not for the disk.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,8 +27,6 @@ TAIL_BYTES: Final = 4096  # of a program's output that goes into an error
 GRACE_SECONDS: Final = 3.0  # between SIGTERM and SIGKILL
 _POLL_SECONDS: Final = 0.005
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +45,18 @@ def find(program: str, *, package: str = "") -> str:
     if found is None:
         raise HostError(f"{program} is not installed", hint=f"apt-get install {package}" if package else "")
     return found
+
+
+def last_line(text: str) -> str:
+    """What a program said last."""
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "it gave no reason"
+
+
+def version(program: str) -> str:
+    """The first line of what a program says to --version."""
+    lines = run(program, "--version").output.strip().splitlines()
+    return lines[0] if lines else ""
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -92,7 +103,7 @@ def run(
                 sink.write(line)
             else:
                 kept += line
-        _has_ended(process, 0)
+        has_ended(process, 0)
         _signal_group(process, signal.SIGKILL)  # what it started and left behind
         status = process.wait()
     output = kept.decode(errors="replace")
@@ -112,11 +123,16 @@ def start(
     merge: bool = True,
     stdin: IO[bytes] | None = None,
     descriptors: Sequence[int] = (),
+    terminal: bool = False,
+    outlives: bool = False,
+    limits: Mapping[int, int] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Keep a program beside us for the length of the block; its whole process group is gone afterwards.
 
     Output goes to `log` when given, to a pipe when `pipe` (standard error with it, unless `merge` is false), else
-    nowhere. It also gets these open files, under their numbers.
+    nowhere. It also gets these open files, under their numbers. With `terminal` it has our input and output.
+    Only one that `outlives` us is not killed with us: what it ends by is its own business. `limits` are resources of
+    setrlimit(2) and the most of each, for it and its children; less where we may use less ourselves.
     """
     program = argv[0] if "/" in argv[0] else find(argv[0])
     with contextlib.ExitStack() as stack:
@@ -130,12 +146,12 @@ def start(
                 (program, *argv[1:]),
                 cwd=cwd,
                 env=environment(env),
-                stdin=stdin or subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT if merge else subprocess.DEVNULL,
+                stdin=None if terminal else stdin or subprocess.DEVNULL,
+                stdout=None if terminal else out,
+                stderr=None if terminal else subprocess.STDOUT if merge else subprocess.DEVNULL,
                 start_new_session=True,
                 pass_fds=descriptors,
-                preexec_fn=_die_with_parent(os.getpid()),
+                preexec_fn=_prepared({resource.RLIMIT_CORE: 0} | dict(limits or {}), outlives=outlives),
             )
         except OSError as problem:
             raise HostError(f"cannot start {program}: {problem.strerror}") from problem
@@ -161,14 +177,19 @@ def end(process: subprocess.Popen[bytes], *, grace: float = GRACE_SECONDS) -> No
     if process.returncode is not None:
         return
     _signal_group(process, signal.SIGTERM)
-    deadline = time.monotonic() + grace
-    while not _has_ended(process) and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
+    wait(process, grace)
     _signal_group(process, signal.SIGKILL)  # what its children left running, too
     process.wait()
 
 
-def _has_ended(process: subprocess.Popen[bytes], options: int = os.WNOHANG) -> bool:
+def wait(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Until the program has ended, without reaping it; or so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not has_ended(process) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def has_ended(process: subprocess.Popen[bytes], options: int = os.WNOHANG) -> bool:
     """Whether the program has ended, without reaping it: until then, its number is its group's."""
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | options) is not None
 
@@ -178,9 +199,34 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def _die_with_parent(parent: int) -> Callable[[], None]:
+def _prepared(limits: Mapping[int, int], *, outlives: bool) -> Callable[[], None]:
+    """What the child does before it is the program. All that can be done before the fork, is: we may have threads."""
+    lowered = [(number, _lowered(number, most)) for number, most in limits.items()]
+    die_with_us = None if outlives else _die_with_parent(os.getpid())
+
     def prepare() -> None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        for number, pair in lowered:
+            resource.setrlimit(number, pair)
+        if die_with_us is not None:
+            die_with_us()
+
+    return prepare
+
+
+def _lowered(number: int, most: int) -> tuple[int, int]:
+    """The two values of a limit: both as asked, for to raise the second takes a privilege, and to lower it none."""
+    _, hard = resource.getrlimit(number)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    return most, most
+
+
+def _die_with_parent(parent: int) -> Callable[[], None]:
+    import ctypes  # before the fork, and not by commands that start no program
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # the parent died before we asked
             os._exit(127)
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from osbuild import kernel_sections
 from osbuild.content import Sparse
 from osbuild.disk_layout import DiskLayout, Mbr, Partition
 from osbuild.filesystem import Volume
@@ -159,6 +160,8 @@ class _Pair:
         if one.kernel is not None and two.kernel is not None:
             for field in ("format", "arch", "release"):
                 yield from _unequal("", "kernel", field, getattr(one.kernel, field), getattr(two.kernel, field))
+            for name, *sizes in kernel_sections.unequal(one.backing, two.backing):
+                yield from _unequal("", "kernel", f"section {quote(name)}", *sizes)
         if one.archive is not None and two.archive is not None:
             yield from _parts(one, two)
             yield from _trees("", one.archive.tree, two.archive.tree, {}, {}, plain=False)

@@ -20,6 +20,7 @@ _BLOCK: Final = 4096
 _ZERO_BLOCK: Final = bytes(_BLOCK)
 HOLE: Final = 64 << 10  # bytes of zeros from which on they are a hole
 _WORTH_A_THREAD: Final = 8 << 20
+_TOGETHER: Final = 128 << 10  # up to here a read of its own costs more than its bytes
 
 
 class Content(Protocol):
@@ -163,27 +164,38 @@ class Sparse:
         self.spool.check()
 
 
+def stored(content: Content) -> int:
+    """How many of its bytes are no holes."""
+    return sum(size for _, _, size in content.pieces) if isinstance(content, Sparse) else content.size
+
+
+def pieces_of(content: Content) -> tuple[Backing | None, tuple[tuple[int, int, int], ...]]:
+    """The file in which its bytes lie, if it is one, and where: offset in the content, in the file, size; in order."""
+    if isinstance(content, Slice):
+        return content.spool, ((0, content.offset, content.size),)
+    if isinstance(content, Sparse):
+        return content.spool, content.pieces
+    return None, ()
+
+
 EMPTY: Final[Content] = Bytes(b"")
 
 
 def digests(contents: Iterable[Content], known: dict[Content, bytes]) -> None:
     """Put the sha256 of each into `known`, but for those that are there; large amounts are shared by two threads."""
     todo = {content: None for content in contents if content not in known}
-    shares: tuple[list[Content], list[Content]] = ([], [])
+    shares: tuple[list[list[Content]], list[list[Content]]] = ([], [])
     sizes = [0, 0]
-    for content in todo:
+    for batch in _batches(todo):
         lighter = sizes[1] < sizes[0]
-        shares[lighter].append(content)
-        sizes[lighter] += content.size
+        shares[lighter].append(batch)
+        sizes[lighter] += sum(content.size for content in batch)
     problems: list[BaseException] = []
 
-    def work(share: list[Content]) -> None:
+    def work(share: list[list[Content]]) -> None:
         try:
-            for content in share:
-                total = hashlib.sha256()
-                for chunk in content.chunks():
-                    total.update(chunk)
-                known[content] = total.digest()
+            for batch in share:
+                _digest_batch(batch, known)
         except BaseException as problem:
             problems.append(problem)
 
@@ -197,6 +209,45 @@ def digests(contents: Iterable[Content], known: dict[Content, bytes]) -> None:
         other.join()
     if problems:
         raise problems[0]
+
+
+def _batches(contents: Iterable[Content]) -> Iterator[list[Content]]:
+    """All of them: small ones that lie close together in one file are for one read."""
+    slices = [content for content in contents if isinstance(content, Slice) and content.size <= _TOGETHER]
+    slices.sort(key=lambda content: (content.spool.descriptor, content.offset))
+    batch: list[Content] = []
+    begin, end, spool = 0, 0, -1
+    for content in slices:
+        here, last = content.spool.descriptor, content.offset + content.size
+        if here != spool or content.offset > end + _BLOCK or last - begin > _CHUNK:
+            if batch:
+                yield batch
+            batch, begin, end, spool = [], content.offset, last, here
+        batch.append(content)
+        end = max(end, last)
+    if batch:
+        yield batch
+    for other in contents:
+        if not isinstance(other, Slice) or other.size > _TOGETHER:
+            yield [other]
+
+
+def _digest_batch(batch: list[Content], known: dict[Content, bytes]) -> None:
+    first, last = batch[0], batch[-1]
+    if len(batch) > 1 and isinstance(first, Slice) and isinstance(last, Slice):
+        start = first.offset
+        end = max(content.offset + content.size for content in batch if isinstance(content, Slice))
+        view = memoryview(first.spool.read(start, end - start))
+        for content in batch:
+            assert isinstance(content, Slice)
+            at = content.offset - start
+            known[content] = hashlib.sha256(view[at : at + content.size]).digest()
+        return
+    for content in batch:
+        total = hashlib.sha256()
+        for chunk in content.chunks():
+            total.update(chunk)
+        known[content] = total.digest()
 
 
 def copy_range(source: int, start: int, size: int, target: int, offset: int) -> None:

@@ -189,7 +189,12 @@ class _Reader:
                 self._keep(stream.decompress(data), spool, at - start)
                 while not stream.eof and not stream.needs_input:
                     self._keep(stream.decompress(b""), spool, at - start)
-        except (zlib.error, zstd.ZstdError, lzma.LZMAError, OSError, EOFError, ValueError) as problem:
+        except zstd.ZstdError as problem:
+            if zstd.wants_memory(problem):
+                most = self._limits.zstd_window_log
+                raise _OddError(f"to read this zstd stream takes a window of more than 2^{most} bytes") from None
+            raise _OddError(f"damaged zstd data: {problem}") from None
+        except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as problem:
             raise _OddError(f"damaged {kind} data: {problem}") from None
         return at - len(stream.unused_data)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from osbuild.content import stretches
-from osbuild.filesystem import READERS
+from osbuild.filesystem import READERS, recognise
 from osbuild.nvdimm_image import ALIGN, DATA_OFFSET, MIB, SECTOR, fletcher64
 from osbuild.tree import Backing
 
@@ -113,11 +113,6 @@ def read_layout(backing: Backing) -> DiskLayout | None:
     return DiskLayout(
         size=backing.size, outer=outer, pfn=pfn, inner=inner, partitions=partitions, problems=tuple(problems)
     )  # fmt: skip
-
-
-def recognise(head: bytes) -> str:
-    """Which filesystem begins so; empty when it is none that is known."""
-    return next((name for name, reader in READERS.items() if reader.recognises(head)), "")
 
 
 def _looks_like_ours(mbr: Mbr | None) -> bool:

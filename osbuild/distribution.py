@@ -1,8 +1,8 @@
 """The OCI distribution protocol: manifests and blobs of one repository, asked for until they come or cannot.
 
-Source: OCI distribution-spec v1.1, "Pull". Nothing here is believed: what comes is raw bytes, and the store that they
-go to holds them against their digests. Every request passes `Repository.send`, which knows the registry's address and
-what to say in the Authorization header; a push needs the same of it.
+Source: OCI distribution-spec v1.1, "Pull"; what a push adds is in `uploads`. Nothing here is believed: what comes is
+raw bytes, and the store that they go to holds them against their digests. Every request passes `Repository.send`, which
+knows the registry's address and what to say in the Authorization header.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from osbuild.authorization import Authorizer
 from osbuild.blobs import Fetch
 from osbuild.errors import InputError, OsbuilderError
 from osbuild.registry_spec import RegistrySpec
-from osbuild.transport import Answer, TransientError, Tries, Web, parse_url
+from osbuild.transport import Answer, TransientError, Tries, Web, origin, parse_url, resolve
 
 _HUB_ADDRESS: Final = "registry-1.docker.io"  # where docker.io is
-_ACCEPT: Final = ", ".join(sorted(oci.MANIFEST_TYPES | oci.INDEX_TYPES))
+ACCEPT: Final = ", ".join(sorted(oci.MANIFEST_TYPES | oci.INDEX_TYPES))
 _ERROR_MAX: Final = 64 << 10  # bytes of an error's body
 _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)\Z")
 _CODES: Final = frozenset(  # the specification's: a registry's free text might repeat what we sent
@@ -35,11 +35,13 @@ T = TypeVar("T")
 class Repository:
     """One repository of one registry, in one run; threads may share it."""
 
-    def __init__(self, web: Web, host: str, name: str, spec: RegistrySpec, *, actions: str = "pull") -> None:
+    def __init__(
+        self, web: Web, host: str, name: str, spec: RegistrySpec, *, actions: str = "pull", also: str = ""
+    ) -> None:
         self.host = host
         self.name = name
         self._web = web
-        self._authorizer = Authorizer(web, host, name, actions, spec.auth_file)
+        self._authorizer = Authorizer(web, host, name, actions, spec.auth_file, also=also)
         self._lock = threading.Lock()
         self._address = ""
 
@@ -50,13 +52,12 @@ class Repository:
         """What stands at a tag or digest, and the media type that the registry gives it."""
 
         def once() -> tuple[bytes, str]:
-            with self.send("GET", f"manifests/{reference}", {"Accept": _ACCEPT}) as answer:
+            with self.send("GET", f"manifests/{reference}", {"Accept": ACCEPT}) as answer:
                 if answer.status != 200:
                     mark = "@" if ":" in reference else ":"
                     raise self.refused(answer, f"image {self.name}{mark}{reference}", missing=_missing(reference))
                 data = answer.read(oci.JSON_MAX)
-                if "Content-Length" not in answer.headers:
-                    _check_whole(data, str(self))
+                check_whole(answer, data, str(self))
                 return data, answer.headers.get("Content-Type", "").partition(";")[0].strip()
 
         return self.insist(once)
@@ -76,20 +77,46 @@ class Repository:
 
     def send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None) -> Answer:
         """One request below /v2/NAME/, with the right to make it; TransientError when another try may help."""
-        url = f"{self._base()}/v2/{self.name}/{path}"
+        return self.send_to(method, self.url(path), headers, body)
+
+    def url(self, path: str) -> str:
+        """The address of that, below /v2/NAME/."""
+        return f"{self._base()}/v2/{self.name}/{path}"
+
+    def send_to(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Answer:
+        """The same to an address that the registry gave; another host is not told what opens this one."""
         shown = self._authorizer.header()
+        if origin(parse_url(url, str(self))) != origin(parse_url(self._base(), str(self))):
+            answer = self._web.send(method, url, headers, body)
+            answer.check_passing()
+            return answer
         answer = self._web.send(method, url, _with(headers, shown), body)
         if answer.status == 401 and answer.at_home:
             challenges = answer.headers.getlist("WWW-Authenticate")
-            _drain(answer)
+            drain(answer)
             shown = self._authorizer.answer(challenges, shown, parse_url(url, str(self)))
             answer = self._web.send(method, url, _with(headers, shown), body)
         try:
             answer.check_passing()
         except TransientError:
-            _drain(answer)
+            drain(answer)
             raise
         return answer
+
+    def locate(self, location: str, does: str = "takes uploads") -> str:
+        """The address in a Location or Link header, if it may be followed; `does`: what the registry does there."""
+        home, what = parse_url(self._base(), str(self)), f"where {self.host} {does}"
+        there = resolve(home, location, what)
+        if there.netloc == home.netloc:  # what stands behind a proxy often does not know that it is https
+            return there._replace(scheme=home.scheme).geturl()
+        if home.scheme == "https" and there.scheme == "http":
+            raise InputError(f"{what} is plain HTTP at {there.netloc}, and it is asked over https")
+        self._web.check_destination(there, home, what)
+        return there.geturl()
+
+    def tries(self) -> Tries:
+        """A count of failures in a row."""
+        return Tries(self._web, str(self))
 
     def insist(self, once: Callable[[], T]) -> T:
         """Do it until it works, or has failed too often."""
@@ -123,10 +150,10 @@ class Repository:
         if not self._web.may_be_plain(host):
             return f"https://{host}"
         try:
-            _drain(self._web.send("GET", f"https://{host}/v2/", {}))
+            drain(self._web.send("GET", f"https://{host}/v2/", {}))
             return f"https://{host}"
         except TransientError as problem:
-            _drain(plain := self._web.send("GET", f"http://{host}/v2/", {}))
+            drain(plain := self._web.send("GET", f"http://{host}/v2/", {}))
             if plain.status == 400:  # what a server says that expected TLS
                 raise problem from None
             return f"http://{host}"
@@ -187,7 +214,7 @@ def _with(headers: Mapping[str, str], authorization: str) -> dict[str, str]:
     return dict(headers) | ({"Authorization": authorization} if authorization else {})
 
 
-def _drain(answer: Answer) -> None:
+def drain(answer: Answer) -> None:
     """Read a short body to its end, so that the connection can be used again."""
     with answer:
         try:
@@ -211,8 +238,10 @@ def _is_range(answer: Answer, offset: int, size: int) -> bool:
     return bool(answer.status == 206 and offset and found and int(found[1]) == offset and found[2] in ("*", str(size)))
 
 
-def _check_whole(data: bytes, where: str) -> None:
-    # A connection that ends without a promised length looks whole to every client.
+def check_whole(answer: Answer, data: bytes, where: str) -> None:
+    """TransientError for a manifest that was cut: a connection without a promised length may end anywhere."""
+    if "Content-Length" in answer.headers:
+        return
     try:
         oci.parse_json(data, where)
     except InputError as problem:

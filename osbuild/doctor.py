@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from osbuild import command
-from osbuild.arch import host_arch
-from osbuild.cache import default_cache
+from osbuild.arch import AARCH64, host_arch
+from osbuild.cache import MOVE_IT, default_cache
 from osbuild.errors import HostError, OsbuilderError
-from osbuild.kernel_source import DEFAULT as DEBIAN_TARBALL
+from osbuild.kernel_pins import read_pins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +32,13 @@ class Finding:
 @dataclass(frozen=True, slots=True)
 class _Want:
     name: str
-    package: str  # Debian's
+    package: str  # Debian's; or a whole line that says how to get it
     purpose: str
     needed: bool = True
+
+    @property
+    def how(self) -> str:
+        return self.package if " install " in self.package else f"apt-get install {self.package}"
 
 
 _OPTIONAL: Final = "missing (optional)"
@@ -47,15 +51,30 @@ _WANTS: Final = (
     _Want("bc", "bc", "the kernel"),
     _Want("perl", "perl", "the kernel"),
     _Want("xz", "xz-utils", "the kernel"),
-    _Want("lz4", "lz4", "the kernel"),
+    _Want("zstd", "zstd", "the kernel"),
     _Want("tar", "tar", "the kernel"),
-    _Want(str(DEBIAN_TARBALL), "linux-source-6.12", "the kernel"),
     _Want("/usr/include/gelf.h", "libelf-dev", "the kernel"),
-    _Want("git", "git", "kernel patches", needed=False),
+    _Want("gzip", "gzip", "the kernel for aarch64", needed=False),
+    _Want("git", "git", "kernel patches, and --source git:PATH", needed=False),
+    _Want("gpgv", "gpgv", "signatures of kernel.org's tarballs", needed=False),
     _Want("ccache", "ccache", "faster kernel builds", needed=False),
     _Want("musl-gcc", "musl-tools", "a small agent; gcc alone gives a larger one", needed=False),
     _Want(
-        "aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross", "the agent for aarch64", needed=False
+        "aarch64-linux-gnu-gcc",
+        "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
+        "kernel and agent for aarch64",
+        needed=False,
+    ),
+    _Want("qemu-system-aarch64", "qemu-system-arm", "booting guests of aarch64", needed=False),
+    _Want(AARCH64.firmware, AARCH64.firmware_package, "guests of aarch64 with an NVDIMM", needed=False),
+    _Want("qemu-img", "qemu-utils", "images in qcow2: --format qcow2", needed=False),
+    _Want("lz4", "lz4", "an initramfs in lz4: --compress lz4", needed=False),
+    _Want("mkfs.xfs", "xfsprogs", "images in xfs: --fs xfs", needed=False),
+    _Want(
+        "vhost-device-vsock",
+        "cargo install vhost-device-vsock",
+        "--transport vhost-user-vsock, where the host has no /dev/vhost-vsock",
+        needed=False,
     ),
     _Want("qemu-aarch64-static", "qemu-user-static", "the tests", needed=False),
     _Want("dockerd", "docker.io", "make demo", needed=False),
@@ -66,13 +85,22 @@ _WANTS: Final = (
 
 def examine() -> list[Finding]:
     """Every tool in turn, then the things that are no tools."""
-    return [*(_look_for(want) for want in _WANTS), _zig(), _cache(), _docker(), _kvm()]
+    return [*(_look_for(want) for want in (*_WANTS, *_sources())), _virtiofsd(), _zig(), _cache(), _docker(), _kvm()]
+
+
+def _sources() -> list[_Want]:
+    """The kernel sources that are pinned; only the default one has to be here."""
+    pins = read_pins()
+    return [
+        _Want(str(pin.file), pin.package, f"the kernel {name}", needed=name == pins.default)
+        for name, pin in pins.kernels.items()
+    ]
 
 
 def _look_for(want: _Want) -> Finding:
     where = want.name if want.name.startswith("/") and Path(want.name).exists() else _find(want.name, command.find)
     state = "here" if where else "missing" if want.needed else _OPTIONAL
-    return Finding(name=want.name, state=state, purpose=want.purpose, detail=where or f"apt-get install {want.package}")
+    return Finding(name=want.name, state=state, purpose=want.purpose, detail=where or want.how)
 
 
 def _find(name: str, find: Callable[[str], str]) -> str:
@@ -82,13 +110,24 @@ def _find(name: str, find: Callable[[str], str]) -> str:
         return ""
 
 
+def _virtiofsd() -> Finding:
+    """Not on PATH, as a rule: where packages have it, which is known to who starts it."""
+    from osbuild.runtime import shares
+
+    try:
+        state, detail = "here", shares.find_program()
+    except HostError as problem:
+        state, detail = _OPTIONAL, problem.hint
+    return Finding(name=shares.DAEMON, state=state, purpose="--check shares by virtio-fs", detail=detail)
+
+
 def _zig() -> Finding:
     from osbuild.agent_compiler import zig
 
     found = " ".join(zig())
     return Finding(
         name="zig", state="here" if found else _OPTIONAL, purpose="a small agent for any architecture",
-        detail=found or "pip install 'osbuilder[cross]'",
+        detail=found or "pip install 'CHECKOUT[cross]' (osbuilder's source)",
     )  # fmt: skip
 
 
@@ -121,5 +160,5 @@ def _cache() -> Finding:
     root = default_cache().root
     existing = next(path for path in (root, *root.parents) if path.exists())
     state = "here" if os.access(existing, os.W_OK) else "missing"
-    detail = str(root) if state == "here" else f"{root} cannot be written to: set OSBUILDER_CACHE"
+    detail = str(root) if state == "here" else f"{root} cannot be written to: {MOVE_IT}"
     return Finding(name="cache", state=state, purpose="kernel and agent, made once", detail=detail)

@@ -23,9 +23,10 @@ class OsbuilderError(Exception):
 
     code: ClassVar[int] = 1
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", details: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.hint = hint
+        self.details = details  # lines before the one, when it is about several things
 
 
 class SpecError(OsbuilderError):

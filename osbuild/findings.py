@@ -7,6 +7,10 @@ class Wrong(Exception):  # noqa: N818 - a finding, not an error
     """A check saw something other than it should."""
 
 
+class Unsaid(Wrong):
+    """A check missed something on the console; it may have been said where nobody saw it."""
+
+
 class Unclear(Exception):  # noqa: N818 - nor is this
     """A check could not see."""
 

@@ -24,7 +24,7 @@ from osbuild.cache_names import blobs_of_images, describe
 from osbuild.errors import HostError, SpecError
 from osbuild.tree import quote
 
-ENTRIES: Final = ("agent", "kernel", "tree")  # the kinds that Cache.get makes
+ENTRIES: Final = ("agent", "kernel", "probe", "tree")  # the kinds that Cache.get makes
 IMAGES: Final = "images"  # beside the version's directory: scripts/base-image keeps there what it has made
 UNKNOWN: Final = "unknown"
 
@@ -60,19 +60,23 @@ _ROWS: Final = (
     _Row(TAGS, _HEX, "tag"),
     _Row(TAGS, rf"\.{_HEX}\.[\w-]+", "partial"),
     _Row(LOCKS, rf"(?:{'|'.join(ENTRIES)}|blob|kernel-source)-{_HEX}(?:-[0-9a-f]{{16}})?", "lock"),
+    _Row(LOCKS, r"kernel-(?:seconds-\w+|build-\w+-[0-9a-f]{16})", "lock"),
     _Row("logs", r"kernel-config-\d+\.log", "leftover", shared=True),  # of earlier versions: one for each process
     _Row("logs", r"kernel-[\w-]+\.log", "log", shared=True),
     _Row("accel", r"[0-9a-f]{32}\.json", "log", shared=True),
     _Row("accel", r"new-\w+", "leftover", shared=True),
     _Row("kernel-build", rf"{_HEX}", "leftover", lock="kernel-{key}", shared=True),
     _Row("kernel-build", r"config-\d+", "leftover", shared=True),
-    _Row("kernel-build", r"steps-\w+", "scratch", shared=True),
+    _Row("kernel-build", r"\w+-[0-9a-f]{16}", "scratch", lock="kernel-build-{key}", shared=True),
+    _Row("kernel-build", r"(?:others|seconds|steps)-\w+", "scratch", shared=True),
+    _Row("kernel-build", r"tmp\w+seconds-\w+", "leftover", shared=True),
     _Row("kernel-source", rf"{_HEX}(?:-[0-9a-f]{{16}})?", "scratch", lock="kernel-source-{key}", shared=True),
     _Row("kernel-source", r"[0-9a-f]{16}\.json", "scratch", shared=True),
     _Row("kernel-source", r"tmp\w+\.json", "leftover", shared=True),
     _Row(
         "kernel-source", rf"{STAGING}({_HEX}(?:-[0-9a-f]{{16}})?)", "leftover", lock="kernel-source-{key}", shared=True
     ),
+    _Row("kconfig", r"(?:model|files|answers|config)-[0-9a-f]{16}\.json", "scratch", shared=True),
     _Row("zig", r"[a-z]{1,8}", "scratch", shared=True),  # its own cache: a libc, compiled once
     _CCACHE,
     _IMAGE,
@@ -221,7 +225,9 @@ def _is_ours(root: Path) -> bool:
         ):
             ours, home = True, root / IMAGES
         if not ours and (root.is_symlink() or root.exists()) and os.listdir(root):
-            raise SpecError(f"{quote(str(root))} is no cache of osbuilder's", hint="see what OSBUILDER_CACHE names")
+            raise SpecError(
+                f"{quote(str(root))} is no cache of osbuilder's", hint="see what --cache-dir or OSBUILDER_CACHE names"
+            )
         if not ours:
             return False
         descriptor = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)

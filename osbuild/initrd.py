@@ -21,11 +21,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final
 
-from osbuild import command, zstd
+from osbuild import command, summary, zstd
+from osbuild.agent import INIT
+from osbuild.agents import AGENTS
 from osbuild.artifacts import File, Initrd, Rootfs
 from osbuild.errors import HostError, InputError, SpecError
 from osbuild.initrd_memory import measure
 from osbuild.output import writing
+from osbuild.systemd import SERVICE, UNITS
 from osbuild.tree import ID_MAX, LINK_HOPS, NAME_MAX, PATH_MAX, Entry, Tree, quote
 
 LEVEL: Final = 3
@@ -36,7 +39,8 @@ _MINOR_MAX: Final = (1 << 20) - 1
 _TRAILER: Final = "TRAILER!!!"
 _TYPES: Final = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO})
 
-Write = Callable[[bytes], object]
+Write = Callable[[bytes], object]  # of nothing: a seam
+_SEAM: Final = b""  # what comes after it is packed as if nothing had come before, where that costs no reader anything
 
 
 def build_initrd(rootfs: Rootfs, out: Path, *, compress: str = "zstd") -> Initrd:
@@ -136,7 +140,11 @@ def _follow(tree: Tree, path: str) -> Entry | None:
 
 
 def archive(tree: Tree) -> Iterator[bytes]:
-    """The archive in pieces. Inodes are numbered in the order of their first paths; sockets are left out."""
+    """The archive in pieces. Inodes are numbered in the order of their first paths; sockets are left out.
+
+    Before and after what another agent changes is a seam, so that nothing else changes with it.
+    """
+    swapped = _swapped(tree)
     links = Counter(tree.values())
     left = {entry: count for entry, count in links.items() if count > 1}
     numbers: dict[Entry, int] = {}
@@ -154,6 +162,8 @@ def archive(tree: Tree) -> Iterator[bytes]:
         body = entry.target.encode(errors="surrogateescape") if entry.is_symlink else b""
         # Of a file with several names the last one brings the bytes: what GNU cpio and the kernel expect.
         size = entry.content.size if entry.is_file and not left.get(entry) else len(body)
+        if entry in swapped:
+            yield _SEAM
         yield _header(path[1:] or ".", number, entry, count, size)
         if body:
             yield body
@@ -161,7 +171,16 @@ def archive(tree: Tree) -> Iterator[bytes]:
             yield from entry.content.chunks()
         if size % 4:
             yield bytes(-size % 4)
+        if entry in swapped:
+            yield _SEAM
     yield _header(_TRAILER, 0, Entry(mode=0), 1, 0)
+
+
+def _swapped(tree: Tree) -> set[Entry]:
+    """What is another file when another agent is in it."""
+    programs = (kind.PROGRAM for kind in AGENTS.values())
+    paths = (INIT, *programs, *(f"{home}/{SERVICE}" for home in UNITS), summary.PATH)
+    return {entry for path in paths if (entry := _follow(tree, path)) is not None and entry.is_file}
 
 
 def _header(name: str, number: int, entry: Entry, links: int, size: int) -> bytes:
@@ -176,15 +195,17 @@ def _header(name: str, number: int, entry: Entry, links: int, size: int) -> byte
 
 
 def _batches(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Pieces joined to a mebibyte or two: thousands of small calls cost more than the compression."""
+    """Pieces joined to a mebibyte or two: thousands of small calls cost more than the compression. Seams stay."""
     waiting: list[bytes] = []
     size = 0
     for piece in pieces:
         waiting.append(piece)
         size += len(piece)
-        if size >= _BATCH:
+        if size >= _BATCH or piece == _SEAM:
             yield b"".join(waiting)
             waiting, size = [], 0
+            if piece == _SEAM:
+                yield _SEAM
     yield b"".join(waiting)
 
 
@@ -197,14 +218,16 @@ def _plain(descriptor: int) -> Iterator[Write]:
         yield file.write
 
 
-def _streaming(make: Callable[[], Any]) -> Callable[[int], AbstractContextManager[Write]]:
+def _streaming(
+    make: Callable[[], Any], seam: Callable[[Any], bytes] = lambda _compressor: b""
+) -> Callable[[int], AbstractContextManager[Write]]:
     """By what zlib and zstd have in common, compress() and flush(); Any: they share no type."""
 
     @contextlib.contextmanager
     def write_packed(descriptor: int) -> Iterator[Write]:
         compressor = make()
         with os.fdopen(descriptor, "wb", closefd=False) as file:
-            yield lambda data: file.write(compressor.compress(data))
+            yield lambda data: file.write(compressor.compress(data) if data else seam(compressor))
             file.write(compressor.flush())
 
     return write_packed
@@ -248,7 +271,7 @@ def _check_end(process: subprocess.Popen[bytes], descriptor: int) -> None:
 
 
 COMPRESSIONS: Final[Mapping[str, Callable[[int], AbstractContextManager[Write]]]] = {
-    "zstd": _streaming(lambda: zstd.compressor(LEVEL)),
+    "zstd": _streaming(lambda: zstd.compressor(LEVEL), zstd.job_end),
     # No file name and no time in the header; still, the bytes depend on the zlib that Python was built with.
     "gzip": _streaming(lambda: zlib.compressobj(6, zlib.DEFLATED, 31)),
     "lz4": _lz4,

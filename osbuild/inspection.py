@@ -226,7 +226,7 @@ def _hash_tree(subject: Subject, layout: DiskLayout, claim: Claim | None) -> Has
             root_hash="", salt="", blocks=0, levels=0, checked="the root hash",
             problems=("a root hash is given, and there is no partition 2 behind a filesystem",),
         )  # fmt: skip
-    salts = [verity.default_salt(filesystem.volume.uuid) for filesystem in subject.filesystems] + [b""]
+    salts = (verity.DEFAULT_SALT, b"")
     return hash_check.check(subject.backing, (data.start, data.size), (tree.start, tree.size), salts, claim)
 
 
@@ -239,6 +239,13 @@ def _from_manifest(path: Path) -> Claim | None:
 
 
 # The drawing
+
+
+def stretches(subject: Subject) -> tuple[Stretch, ...]:
+    """What lies where in an image or an initramfs; a hash tree is named and not checked."""
+    if subject.kind == "initramfs":
+        return _initramfs(subject).layout
+    return tuple(_stretches(subject, subject.layout, None)) if subject.layout is not None else ()
 
 
 def _stretches(subject: Subject, layout: DiskLayout, tree: HashTree | None) -> Iterator[Stretch]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from osbuild import agent_binary, tar, uncompress
+from osbuild import agent_binary
 from osbuild.agent import Agent
 from osbuild.agent_binary import GRPC, KATA
 from osbuild.arch import Arch
@@ -32,6 +32,7 @@ INIT_WORDS: Final = ("cgroup_no_v1=all",)
 
 _PLACES: Final = (PROGRAM, f"/opt/kata/bin/{KATA}", f"/{KATA}")
 _LIMITS: Final = Limits(image_bytes=8 << 30, file_bytes=4 << 30)  # Kata's largest bundle has some 2 GiB
+_ELF: Final = b"\x7fELF"
 _XZ: Final = b"\xfd7zXZ\0"
 _XZ_MEMORY: Final = 256 << 20
 _CHUNK: Final = 1 << 20
@@ -63,6 +64,11 @@ def obtain(source: str, arch: Arch, cache: Cache) -> Agent:
     )  # fmt: skip
 
 
+def check(source: str) -> None:
+    """InputError for what cannot be read."""
+    _compression(Path(source))
+
+
 def _compression(path: Path) -> str:
     """How an archive is compressed; empty for what is none."""
     try:
@@ -73,14 +79,20 @@ def _compression(path: Path) -> str:
             f"cannot read {quote(str(path))}: {problem.strerror}",
             hint="an agent is builtin, or the path of a program, or of a tarball that holds kata-agent",
         ) from None
+    if head.startswith(_ELF):
+        return ""
     if head.startswith(_XZ):
         return "xz"
+    from osbuild import uncompress  # a program needs no more than this
+
     compression = uncompress.sniff(head.ljust(4, b"\0"))
     return compression if compression != "none" or head[257:262] == b"ustar" else ""
 
 
 def _unpack(path: Path) -> bytes:
     """The agent out of a tarball: the only file of its name, or the one that lies where Kata puts it."""
+    from osbuild import tar
+
     where = quote(str(path))
     spool = Spool()
     for piece in _pieces(path):
@@ -106,6 +118,8 @@ def _unpack(path: Path) -> bytes:
 
 def _pieces(path: Path) -> Iterator[bytes]:
     """The tar, uncompressed, in pieces of bounded size."""
+    from osbuild import uncompress
+
     where, compression = quote(str(path)), _compression(path)
     backing = Borrowed(path)
     chunks: Iterator[bytes] = (backing.read(at, _CHUNK) for at in range(0, backing.size, _CHUNK))

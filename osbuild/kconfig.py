@@ -12,7 +12,7 @@ Nothing here reads a file or runs a program.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,12 +20,12 @@ from osbuild.errors import InputError
 
 UNSET: Final = "n"  # how "# CONFIG_X is not set", "CONFIG_X=n" and a symbol that is nowhere all read
 
+# Tools that Kconfig looks for and writes the version of into the configuration, though nothing of ours needs them.
+ABSENT: Final[Mapping[str, str]] = {"RUSTC": "none", "BINDGEN": "none", "PAHOLE": "none"}
+
 _WHY: Final = re.compile(r"# why: (\S.*)")
 _SET: Final = re.compile(r'(CONFIG_\w+)=([ymn]|"(?:[^"\\]|\\.)*"|-?\d+|0x[0-9A-Fa-f]+)', re.ASCII)
 _NOT_SET: Final = re.compile(r"# (CONFIG_\w+) is not set", re.ASCII)
-_DEFINES: Final = re.compile(r"\s*(?:menu)?config\s+(\w+)\s*", re.ASCII)
-_DEPENDS: Final = re.compile(r"\s+depends on (.+)")
-_OPENS: Final = re.compile(r"(?:if (.+)|menu\b|choice\b)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,20 +102,7 @@ def dropped(requested: Iterable[Request], final: str) -> tuple[Dropped, ...]:
     """Every request whose value in the text of the final .config is another one."""
     config = parse_config(final)
     pairs = ((request, config.get(request.symbol, UNSET)) for request in requested)
-    return tuple(Dropped(request=request, got=got) for request, got in pairs if not _same(request.value, got))
-
-
-def explain(symbols: Iterable[str], kconfigs: Mapping[str, str]) -> dict[str, str]:
-    """For each symbol, where these Kconfig files define it and what that needs: the usual reason for a lost one.
-
-    A symbol may need more: what surrounds the line that includes its file is not looked at.
-    """
-    found: dict[str, list[str]] = {symbol: [] for symbol in symbols}
-    for file, text in kconfigs.items():
-        for name, place, needs in _definitions(file, text):
-            if name in found:
-                found[name].append(f"{place} needs {needs}" if needs else f"defined at {place}")
-    return {symbol: "; ".join(where) or "this kernel has no such symbol" for symbol, where in found.items()}
+    return tuple(Dropped(request=request, got=got) for request, got in pairs if not same(request.value, got))
 
 
 def _setting(line: str) -> tuple[str, str] | None:
@@ -126,33 +113,10 @@ def _setting(line: str) -> tuple[str, str] | None:
     return None
 
 
-def _same(wanted: str, got: str) -> bool:
+def same(wanted: str, got: str) -> bool:
+    """Whether two values of .config are one."""
     # Kconfig writes numbers as they were typed, but a default of its own may be spelt in another base.
     try:
         return wanted == got or int(wanted, 0) == int(got, 0)
     except ValueError:
         return False
-
-
-def _definitions(file: str, text: str) -> Iterator[tuple[str, str, str]]:
-    """(CONFIG_ name, file:line, what it needs) of each definition in one Kconfig file."""
-    found: list[tuple[str, str, list[str], list[str]]] = []
-    blocks: list[list[str]] = []  # the open `if`s and menus, each with its conditions
-    needs: list[str] = []  # where the next `depends on` belongs
-    for number, line in enumerate(text.splitlines(), start=1):
-        if definition := _DEFINES.fullmatch(line):
-            needs = []
-            found.append((f"CONFIG_{definition[1]}", f"{file}:{number}", [need for b in blocks for need in b], needs))
-        elif block := _OPENS.match(line):
-            needs = [block[1]] if block[1] else []
-            blocks.append(needs)
-        elif line.startswith(("endif", "endmenu", "endchoice")):
-            needs = []
-            if blocks:
-                blocks.pop()
-        elif line.startswith(("source", "comment")):
-            needs = []
-        elif need := _DEPENDS.fullmatch(line):
-            needs.append(need[1])
-    for name, place, around, own in found:
-        yield name, place, " && ".join(f"({need})" if "||" in need else need for need in (*around, *own))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Final
@@ -16,6 +17,7 @@ DIRECTORY_COST: Final = 112
 STRING_COST: Final = 56
 XATTR_COST: Final = 160
 PIECE_COST: Final = 176
+_XATTR_MAX: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,7 @@ class Limits:
     link_hops: int = LINK_HOPS
     header_bytes: int = 1 << 20
     header_records: int = 64
-    xattr_bytes: int = 1 << 16  # the kernel's own limit
+    xattr_bytes: int = _XATTR_MAX
     sparse_pieces: int = 1 << 16
     trailing_bytes: int = 1 << 24
     ratio: int = 200
@@ -62,6 +64,21 @@ ABOUT: Final[Mapping[str, tuple[str, str]]] = {
     "ratio": ("times", "uncompressed to compressed, past 512 MiB"),
     "zstd_window_log": ("log2 bytes", "memory to read a zstd stream: 27 is 128 MiB"),
 }
+
+# field -> the least and the most that it may be set to: beyond that it is nothing to Linux, or to libzstd
+_RANGES: Final[Mapping[str, tuple[int, int]]] = {
+    "path_bytes": (1, PATH_MAX),
+    "name_bytes": (1, NAME_MAX),
+    "target_bytes": (1, PATH_MAX),
+    "link_hops": (1, 255),  # as many as containerd and docker follow; Linux itself LINK_HOPS
+    "xattr_bytes": (1, _XATTR_MAX),
+    "zstd_window_log": (10, 31),
+}
+
+
+def allowed(field: str) -> tuple[int, int]:
+    """The least and the most that a limit may be set to."""
+    return _RANGES.get(field, (1, sys.maxsize))
 
 
 def option_name(field: str) -> str:

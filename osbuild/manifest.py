@@ -1,49 +1,50 @@
-"""manifest.json, what came out, and lock.json, what went in: written last, and read back before anything is booted."""
+"""manifest.json, what came out: written last, and read back before anything is booted. lock.json is what went in."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import osbuild
 from osbuild.artifacts import DiskImage, File, Initrd, Kernel, Rootfs, Verity
 from osbuild.errors import InputError
-from osbuild.oci import Json, parse_json
 from osbuild.output import write_whole
-from osbuild.spec import BuildSpec
 from osbuild.tree import quote
 
 if TYPE_CHECKING:  # slow to import: with it comes all that speaks to registries
+    from osbuild.oci import Json
     from osbuild.sources.image import SourceImage
 
 MANIFEST: Final = "manifest.json"  # without it a build counts as not done
 LOCK: Final = "lock.json"
+SBOM: Final = "sbom.cdx.json"
+PROVENANCE: Final = "provenance.json"
+RECORDS: Final = (MANIFEST, LOCK, SBOM, PROVENANCE)  # what a build says of itself; all else is an output
 NAMES: Final[Mapping[str, str]] = {"image": "rootfs.img", "initrd": "initrd.img"}
 
 
-def write(
-    out: Path, rootfs: Rootfs, kernel: Kernel, roots: Mapping[str, DiskImage | Initrd], image: SourceImage
-) -> Json:
+def describe(rootfs: Rootfs, kernel: Kernel, roots: Mapping[str, DiskImage | Initrd], image: SourceImage) -> Json:
     """Every output by size and digest, and the kernel words that boot it; nothing of this run or this machine."""
+    from osbuild.packages import distribution  # only who writes a manifest asks a tree for it
+
     outputs: dict[str, Json] = {
         "vmlinux": _measures(kernel.vmlinux),
         "vmlinuz": _measures(kernel.vmlinuz),
         "config": _measures(kernel.config),
     }
-    outputs |= {NAMES[name]: _about_root(root) for name, root in roots.items()}
-    document = {
+    outputs |= {NAMES[name]: about_root(root) for name, root in roots.items()}
+    return {
         "schema": "osbuilder.manifest", "version": 1, "osbuilder": osbuild.__version__,
-        "image": image.digest, "agent": rootfs.agent, "init": rootfs.init, "epoch": rootfs.epoch,
+        "image": image.digest, "distribution": distribution(image.tree), "agent": rootfs.agent, "init": rootfs.init,
+        "epoch": rootfs.epoch,
         "kernel": {"release": kernel.release, "arch": kernel.arch, "key": kernel.key}, "outputs": outputs,
     }  # fmt: skip
-    write_whole(out / MANIFEST, _encode(document))
-    return document
 
 
-def _about_root(root: DiskImage | Initrd) -> Json:
+def about_root(root: DiskImage | Initrd) -> Json:
+    """A root by size and digest, and what it is."""
     if isinstance(root, Initrd):
         about: Json = {
             "compression": root.compression, "unpacked": root.unpacked, "entries": root.entries,
@@ -57,6 +58,8 @@ def _about_root(root: DiskImage | Initrd) -> Json:
 
 def load(out: Path) -> tuple[Json, Json]:
     """manifest.json and lock.json as they are, for who changes a part of them; InputError when they are not ours."""
+    from osbuild.oci import parse_json
+
     found = []
     for name, keys in ((MANIFEST, ("outputs", "agent")), (LOCK, ("agent", "options"))):
         where = quote(str(out / name))
@@ -71,18 +74,23 @@ def load(out: Path) -> tuple[Json, Json]:
 
 
 def with_agent(
-    document: Json, lock: Json, rootfs: Rootfs, roots: Mapping[str, DiskImage | Initrd]
+    document: Json, lock: Json, rootfs: Rootfs, roots: Mapping[str, DiskImage | Initrd], given: str
 ) -> tuple[Json, Json]:
-    """Both of them after another agent was put in."""
-    outputs = dict(document["outputs"]) | {NAMES[name]: _about_root(root) for name, root in roots.items()}
-    agent = {"name": rootfs.agent, "sha256": rootfs.agent_sha256}
-    return document | {"agent": rootfs.agent, "outputs": outputs}, lock | {"agent": agent}
+    """Both of them after another agent was put in; `given` is how it was named."""
+    outputs = dict(document["outputs"]) | {NAMES[name]: about_root(root) for name, root in roots.items()}
+    changed = {"agent": about_agent(rootfs), "given": dict(lock.get("given", {})) | {"agent": given}}
+    return document | {"agent": rootfs.agent, "outputs": outputs}, lock | changed
+
+
+def about_agent(rootfs: Rootfs) -> Json:
+    """The agent: what its binary is, and what it was compiled from where that was done here."""
+    return {"name": rootfs.agent, "sha256": rootfs.agent_sha256, "inputs": dict(rootfs.agent_inputs)}
 
 
 def save(out: Path, document: Json, lock: Json) -> None:
     """Write them: the manifest last."""
-    write_whole(out / LOCK, _encode(lock))
-    write_whole(out / MANIFEST, _encode(document))
+    write_whole(out / LOCK, encode(lock))
+    write_whole(out / MANIFEST, encode(document))
 
 
 def about_disk(disk: DiskImage) -> Json:
@@ -99,35 +107,13 @@ def about_disk(disk: DiskImage) -> Json:
     }  # fmt: skip
 
 
-def write_lock(out: Path, spec: BuildSpec, rootfs: Rootfs, kernel: Kernel, image: SourceImage) -> None:
-    """Every input, by digest where it has one."""
-    document = {
-        "schema": "osbuilder.lock", "version": 1, "osbuilder": osbuild.__version__,
-        "image": {
-            "reference": image.reference,
-            "digest": image.digest,
-            "layers": list(image.config.diff_ids),
-        },
-        "agent": {"name": rootfs.agent, "sha256": rootfs.agent_sha256},
-        "rootfs": {
-            "init": spec.rootfs.init, "slim": spec.rootfs.slim, "remove": list(spec.rootfs.remove),
-            "inputs": dict(rootfs.inputs),
-        },
-        "kernel": {"key": kernel.key, "inputs": kernel.inputs},
-        "options": {
-            "arch": spec.arch.name, "kinds": list(spec.kinds), "compress": spec.compress,
-            "disk": asdict(spec.disk) | {"salt": spec.disk.salt.hex()}, "features": list(spec.features),
-            "epoch": rootfs.epoch, "clamp": spec.epoch is not None,
-        },
-    }  # fmt: skip
-    write_whole(out / LOCK, _encode(document))
-
-
 def read(out: Path) -> tuple[Kernel, dict[str, DiskImage | Initrd], str]:
     """A build as it lies in a directory: kernel, roots, and which agent is in them.
 
     InputError when it is not finished, or a file is not what it was.
     """
+    from osbuild.oci import parse_json
+
     where = quote(str(out))
     try:
         document = parse_json((out / MANIFEST).read_bytes(), f"{where}/{MANIFEST}")
@@ -145,7 +131,7 @@ def read(out: Path) -> tuple[Kernel, dict[str, DiskImage | Initrd], str]:
             release=str(about["release"]), arch=str(about["arch"]), key=str(about["key"]), cached=True,
         )  # fmt: skip
         roots = {
-            name: _root(_checked(out, file, outputs[file]), outputs[file])
+            name: root_from(_checked(out, file, outputs[file]), outputs[file])
             for name, file in NAMES.items()
             if file in outputs
         }
@@ -154,7 +140,18 @@ def read(out: Path) -> tuple[Kernel, dict[str, DiskImage | Initrd], str]:
     return kernel, roots, agent
 
 
-def _root(file: File, about: Json) -> DiskImage | Initrd:
+def remember(out: Path, found: Mapping[str, Json]) -> None:
+    """Add to what a finished build's manifest says of its roots."""
+    from osbuild.oci import parse_json
+
+    document = parse_json((out / MANIFEST).read_bytes(), f"{quote(str(out))}/{MANIFEST}")
+    for name, facts in found.items():
+        document["outputs"][NAMES[name]].update(facts)
+    write_whole(out / MANIFEST, encode(document))
+
+
+def root_from(file: File, about: Json) -> DiskImage | Initrd:
+    """What `about_root` described."""
     words = tuple(str(word) for word in about["words"])
     if "compression" in about:
         wanted = ("unpacked", "entries", "resident", "memory", "skipped", "lost_xattrs")
@@ -191,5 +188,6 @@ def _measures(file: File) -> Json:
     return {"size": file.size, "sha256": file.sha256}
 
 
-def _encode(document: Mapping[str, Any]) -> bytes:
+def encode(document: Mapping[str, Any]) -> bytes:
+    """As it lies in a build's directory."""
     return (json.dumps(document, indent=2) + "\n").encode()

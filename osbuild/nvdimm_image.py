@@ -20,17 +20,19 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from osbuild import command, verity
 from osbuild.artifacts import DiskImage, File, Verity
+from osbuild.begun import Begun, beginning
 from osbuild.errors import CommandError, HostError, InputError, SpecError
 from osbuild.filesystem import Filesystem, Plan
+from osbuild.filesystem.base import NOTHING
 from osbuild.output import Hashing, flushing, nameless, writing
-from osbuild.tree import write_all
+from osbuild.tree import Content, write_all
 
 MIB: Final = 1 << 20
 SECTOR: Final = 512
@@ -72,7 +74,7 @@ class Layout:
     def around(cls, size: int, *, align: int = ALIGN, header: bool = True, hashed: bool = False) -> Layout:
         """The smallest for a filesystem of so many bytes."""
         check_align(align)
-        data = _first(header=header)
+        data = data_start(header=header)
         end, tree = data + size, 0
         if hashed:
             tree = end + -end % MIB
@@ -83,7 +85,7 @@ class Layout:
     def within(cls, total: int, *, align: int = ALIGN, header: bool = True, hashed: bool = False) -> Layout:
         """The one that takes so many bytes, nearly all of them for the filesystem."""
         check_align(align)
-        data = _first(header=header)
+        data = data_start(header=header)
         # A tree over everything is a little larger than one over what is left beside it: by one part in 16,000.
         tree = (total - verity.tree_size(total - data)) // MIB * MIB if hashed else 0
         if total % align or (tree or total) <= data:
@@ -106,17 +108,21 @@ def build_nvdimm_image(
     file_format: str = "raw",
     words: tuple[str, ...] = (),
     needs: int = 0,
+    begun: Begun | None = None,
+    known: verity.Known | None = None,
 ) -> DiskImage:
     """Write the image of a planned filesystem called `name`, whole or not at all.
 
     align: bytes the total is a multiple of, itself a multiple of 2 MiB.
     total: bytes of the whole; as few as can be when it is 0.
     header: False leaves out everything that makes it an NVDIMM: a plain disk with one partition at 1 MiB.
-    hashed: with a hash tree for dm-verity; its salt is made from the content when none is given.
+    hashed: with a hash tree for dm-verity, salted as all are when no salt is given.
     writable: as a disk, it is to be mounted so.
     file_format: one of FORMATS; what a guest sees is the same in both.
     words: kernel arguments that the tree needs, wherever it lies.
     needs: bytes of content, known beforehand.
+    begun: the file, when some of it was written before the plan was known; it is raw, and `out` when its block ends.
+    known: of a raw one, digests of blocks of partition 1 with this salt.
     """
     if total:
         layout = Layout.within(total, align=align, header=header, hashed=hashed)
@@ -127,8 +133,12 @@ def build_nvdimm_image(
             f"{name} needs {plan.size} bytes, and {layout.data_size} are left in an image of {layout.total}",
             hint="give it a larger size",
         )
-    salt = salt or verity.default_salt(plan.uuid)
-    file, root_hash = _make(out, layout, plan, salt, file_format=file_format, needs=needs)
+    salt = salt or verity.DEFAULT_SALT
+    if file_format == "raw":
+        with contextlib.nullcontext(begun) if begun else beginning(out, needs=needs) as opened:
+            file, root_hash = _make(out, layout, plan, salt, opened, known)
+    else:
+        file, root_hash = _make_converted(out, layout, plan, salt, file_format, needs)
     dax = header and file_format == "raw"  # a qcow2 file cannot be mapped
     return DiskImage(
         file=file,
@@ -201,31 +211,46 @@ def fletcher64(block: bytes) -> int:
     return high << 32 | low
 
 
-def _make(out: Path, layout: Layout, plan: Plan, salt: bytes, *, file_format: str, needs: int) -> tuple[File, str]:
-    """The file, and the root hash of its tree in hex (empty when it has none)."""
-    with writing(out, needs=needs) as descriptor, contextlib.ExitStack() as stack:
-        if file_format == "raw":
-            written = stack.enter_context(flushing(descriptor))
-            _write(descriptor, layout, plan)
-            written.set()  # the rest is flushed while the hashes are computed, each by a thread
-            hashing = stack.enter_context(Hashing(descriptor, layout.tree or layout.total))
-            root_hash = _write_tree(descriptor, layout, salt)
-        else:
-            raw = stack.enter_context(nameless(out.parent))
-            _write(raw, layout, plan)
-            root_hash = _write_tree(raw, layout, salt)
-            convert(raw, descriptor, file_format)
-            stack.enter_context(flushing(descriptor)).set()
-            hashing = stack.enter_context(Hashing(descriptor, 0))
-        size = os.fstat(descriptor).st_size
-        return File(path=out, size=size, sha256=hashing.finish()), root_hash
-
-
-def _first(*, header: bool) -> int:
+def data_start(*, header: bool) -> int:
+    """Where partition 1 begins in the file."""
     return PARTITION_OFFSET if header else FILESYSTEM_START
 
 
-def _write(descriptor: int, layout: Layout, plan: Plan) -> None:
+def _make(
+    out: Path, layout: Layout, plan: Plan, salt: bytes, begun: Begun, known: verity.Known | None
+) -> tuple[File, str]:
+    """The file, and the root hash of its tree in hex (empty when it has none)."""
+    descriptor = begun.descriptor
+    there = begun.there(plan.contents)
+    with Hashing(descriptor) as hashing:
+        _write(descriptor, layout, plan, hashing.upto, there)
+        begun.written.set()  # the rest is flushed while the hashes are computed, each by a thread
+        hashing.upto(layout.tree or layout.total)
+        root_hash = _write_tree(descriptor, layout, salt, known)
+        return File(path=out, size=layout.total, sha256=hashing.finish()), root_hash
+
+
+def _make_converted(
+    out: Path, layout: Layout, plan: Plan, salt: bytes, file_format: str, needs: int
+) -> tuple[File, str]:
+    """The same in another format than raw."""
+    with writing(out, needs=needs) as descriptor, nameless(out.parent) as raw:
+        _write(raw, layout, plan)
+        root_hash = _write_tree(raw, layout, salt)
+        convert(raw, descriptor, file_format)
+        with flushing(descriptor) as written, Hashing(descriptor) as hashing:
+            written.set()
+            size = os.fstat(descriptor).st_size
+            return File(path=out, size=size, sha256=hashing.finish()), root_hash
+
+
+def _write(
+    descriptor: int,
+    layout: Layout,
+    plan: Plan,
+    done: Callable[[int], None] | None = None,
+    there: Mapping[int, Content] = NOTHING,
+) -> None:
     """Everything but the hash tree."""
     signature = bytes.fromhex(plan.uuid[:8])
     os.ftruncate(descriptor, layout.total)
@@ -234,14 +259,15 @@ def _write(descriptor: int, layout: Layout, plan: Plan) -> None:
         inner = [(start - DATA_OFFSET, size) for start, size in layout.partitions]
         write_all(descriptor, pfn_superblock(), _PFN_OFFSET)
         write_all(descriptor, mbr(inner, signature), DATA_OFFSET)
-    plan.write(descriptor, layout.data)
+    plan.write(descriptor, layout.data, done, there)
 
 
-def _write_tree(descriptor: int, layout: Layout, salt: bytes) -> str:
+def _write_tree(descriptor: int, layout: Layout, salt: bytes, known: verity.Known | None = None) -> str:
     """The hash tree, if there is to be one: the root hash in hex."""
     if not layout.tree:
         return ""
-    return verity.hash_tree(descriptor, layout.data, layout.data_size, salt, descriptor, layout.tree).hex()
+    known = known or verity.NONE
+    return verity.hash_tree(descriptor, layout.data, layout.data_size, salt, descriptor, layout.tree, known).hex()
 
 
 def _verity(

@@ -7,6 +7,7 @@ schema 2, and skopeo's transport words (containers-transports(5)).
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import re
@@ -105,6 +106,30 @@ class Descriptor:
     size: int
     annotations: Mapping[str, str]
     platform: Platform | None = None
+
+    @property
+    def blob(self) -> tuple[str, str, int]:
+        """Which bytes these are, and how they are to be read."""
+        return self.media_type, self.digest, self.size
+
+    @classmethod
+    def of(cls, data: bytes, media_type: str) -> Descriptor:
+        """Of bytes that are at hand."""
+        return cls(media_type=media_type, digest=digest(data), size=len(data), annotations={})
+
+    def to_dict(self) -> Json:
+        """As JSON, without annotations and platform."""
+        return {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
+
+
+def digest(data: bytes) -> str:
+    """What a registry calls these bytes."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def encode(document: Json) -> bytes:
+    """A document as it is put into a registry: the same bytes for the same document."""
+    return json.dumps(document, separators=(",", ":")).encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +262,24 @@ def registry_of(name: str) -> tuple[str, str]:
     if host in HUB_NAMES:
         return DOCKER_HUB, path if "/" in path else f"library/{path}"
     return host, path
+
+
+def names_host(text: str) -> bool:
+    """Whether a registry is named, and Docker Hub is not merely what is left."""
+    first, slash, _ = text.partition("/")
+    return text.startswith("docker://") or (bool(slash) and _is_host(first))
+
+
+def repository_on(host: str, text: str) -> str:
+    """A repository of this registry, named with or without it; SpecError for another's, and for what is no name."""
+    _refuse_user(text)
+    first, slash, _ = text.partition("/")
+    named, path = registry_of(text if slash and _is_host(first) else f"{host}/{text}")
+    if named != host:
+        raise SpecError(f"{quote(text)} is not of the same registry", hint=f"{host}/REPO, or REPO alone")
+    if not _REPOSITORY.match(path):
+        raise SpecError(f"{quote(text)} is no repository's name", hint=f"{host}/REPO, or REPO alone, without a tag")
+    return path
 
 
 def parse_mirror(text: str) -> tuple[str, str]:

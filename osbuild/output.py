@@ -149,17 +149,19 @@ def flushing(descriptor: int) -> Iterator[threading.Event]:
     """What is written goes to the disk from now on, until the event is set that is given; at the block's end all that
     was written before that is there.
 
-    OSError when the disk refuses. What is written later is flushed by `writing`.
+    OSError when the disk refuses. What is written later is flushed by `writing`; of a block that fails, nothing is.
     """
     problems: list[OSError] = []
     written = threading.Event()
+    failed = False
 
     def flush() -> None:
         try:
             # The disk is the slowest of all: it should not have to wait for the last byte.
             while not written.wait(_PAUSE):
                 os.fdatasync(descriptor)
-            os.fsync(descriptor)
+            if not failed:
+                os.fsync(descriptor)
         except OSError as problem:
             problems.append(problem)
 
@@ -167,6 +169,9 @@ def flushing(descriptor: int) -> Iterator[threading.Event]:
     thread.start()
     try:
         yield written
+    except BaseException:
+        failed = True
+        raise
     finally:
         written.set()
         thread.join()
@@ -182,12 +187,15 @@ def digest(descriptor: int) -> str:
 
 
 class Hashing:
-    """sha256 of an open file, whose first `end` bytes are finished: they are hashed while the rest is written."""
+    """sha256 of an open file while it is written from its start to its end: as far as it is final, it is hashed."""
 
-    def __init__(self, descriptor: int, end: int) -> None:
+    def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._end = end
         self._total = hashlib.sha256()
+        self._at = 0  # up to here it is hashed
+        self._end = 0  # up to here it is final
+        self._over = False
+        self._told = threading.Condition()
         self._problems: list[OSError] = []
         self._thread = threading.Thread(target=self._begin, name="hashing")
         self._thread.start()
@@ -196,19 +204,38 @@ class Hashing:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with self._told:
+            self._end, self._over = self._at, True  # whatever is left, nobody asked for it
+            self._told.notify()
         self._thread.join()
+
+    def upto(self, end: int) -> None:
+        """The first `end` bytes will not change any more."""
+        with self._told:
+            self._end = max(end, self._end)
+            self._told.notify()
 
     def finish(self) -> str:
         """In hex, of the whole file as it is now."""
+        self.upto(os.fstat(self._descriptor).st_size)
+        with self._told:
+            self._over = True
+            self._told.notify()
         self._thread.join()
         if self._problems:
             raise self._problems[0]
-        _hash(self._total, self._descriptor, self._end, os.fstat(self._descriptor).st_size)
         return self._total.hexdigest()
 
     def _begin(self) -> None:
         try:
-            _hash(self._total, self._descriptor, 0, self._end)
+            while True:
+                with self._told:
+                    self._told.wait_for(lambda: self._over or self._end > self._at)
+                    end = self._end
+                if end <= self._at:
+                    return
+                _hash(self._total, self._descriptor, self._at, end)
+                self._at = end
         except OSError as problem:
             self._problems.append(problem)
 
@@ -216,7 +243,7 @@ class Hashing:
 def _hash(total: hashlib._Hash, descriptor: int, at: int, end: int) -> None:
     """Add a part of a file; its holes are hashed, but not read."""
     while at < end:
-        following = _next_data(descriptor, at, end)
+        following = next_data(descriptor, at, end)
         for start in range(at, following, _CHUNK):
             total.update(_ZEROS[: following - start])
         data = os.pread(descriptor, min(_CHUNK, end - following), following)
@@ -245,11 +272,16 @@ def check_output(path: Path) -> None:
         raise HostError(f"cannot write in {quote(str(home))}: {os.strerror(errno.EACCES)}", hint="name another")
 
 
+def free_blocks(filesystem: os.statvfs_result) -> int:
+    """Those that we may write to: what a filesystem holds back for root is root's."""
+    return filesystem.f_bfree if os.geteuid() == 0 else filesystem.f_bavail
+
+
 def _check_room(home: Path, needs: int) -> None:
     if not needs:
         return
     there = os.statvfs(home)
-    free = (there.f_bavail if os.geteuid() else there.f_bfree) * there.f_frsize
+    free = free_blocks(there) * there.f_frsize
     if free < needs:
         raise HostError(
             f"no space left on {quote(str(home))}: need {-(-needs >> 20)} MiB, have {free >> 20} MiB",
@@ -257,7 +289,8 @@ def _check_room(home: Path, needs: int) -> None:
         )
 
 
-def _next_data(descriptor: int, at: int, size: int) -> int:
+def next_data(descriptor: int, at: int, size: int) -> int:
+    """Where the first byte at or behind `at` lies that is in no hole; `size` when there is none."""
     try:
         return min(os.lseek(descriptor, at, os.SEEK_DATA), size)
     except OSError as problem:

@@ -79,6 +79,12 @@ def installed_packages(tree: Tree) -> Inventory:
     )  # fmt: skip
 
 
+def distribution(tree: Tree) -> dict[str, str]:
+    """Name and version by os-release, as far as it tells them."""
+    release = _os_release(View(tree), _Notes())
+    return {name: release[key] for name, key in (("name", "ID"), ("version", "VERSION_ID")) if release.get(key)}
+
+
 class _Notes:
     """Sentences, each said once; a hostile database does not get to say thousands."""
 

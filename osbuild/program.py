@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 import gc
+import itertools
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Final, NoReturn
 
 import typer
 
-from osbuild import console
+from osbuild import cache, console
 from osbuild.errors import CommandError, HostError, Interrupted, OsbuilderError, SpecError
 from osbuild.tree import quote
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(app: typer.Typer) -> NoReturn:
     """The program: every error raised on purpose becomes one line and its exit code; everything started is ended."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    heed_signals()
     if sys.stdout is None or sys.stderr is None:  # closed by the caller
         null = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the rest of the program
         sys.stdout, sys.stderr = sys.stdout or null, sys.stderr or null
+    try:
+        code = _run(app)
+    except Interrupted as interruption:  # while the end was told
+        code = interruption.code
+    for number in _SIGNALS:  # nobody is left to catch what is raised for them
+        signal.signal(number, signal.SIG_DFL)
+    gc.freeze()  # what is left goes with the process: nobody need look through it first
+    sys.exit(code)
+
+
+def _run(app: typer.Typer) -> int:
+    """The command's exit code; what went wrong has been told."""
     try:
         code = _command(app, sys.argv[1:])
         sys.stdout.flush()
@@ -46,8 +61,13 @@ def run(app: typer.Typer) -> NoReturn:
         sys.stdout.flush()
     except OSError:  # has been said, or needs no word; Python would try once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    gc.freeze()  # what is left goes with the process: nobody need look through it first
-    sys.exit(code)
+    return code
+
+
+def heed_signals() -> None:
+    """From now on a signal to end raises Interrupted; a second one ends us at once."""
+    for number in _SIGNALS:
+        signal.signal(number, _interrupt)
 
 
 # Typer names only one of its usage errors in public; this is what all of them are.
@@ -57,7 +77,8 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 def _command(app: typer.Typer, words: list[str]) -> int:
     """The command that these words name; its exit code."""
     # Not app(): that ends with 1 on a broken pipe, and words its errors in its own way.
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(_narrowed(app, words))
+    _add_cache_dir(command)
     try:
         with command.make_context("osbuilder", words) as context:
             command.invoke(context)
@@ -71,11 +92,51 @@ def _command(app: typer.Typer, words: list[str]) -> int:
     return 0
 
 
+def _narrowed(app: typer.Typer, words: Sequence[str]) -> typer.Typer:
+    """The same with no command but the one that is named: to make them all takes longer than most of them take."""
+    name = words[0] if words else ""
+    commands = [command for command in app.registered_commands if _name(command) == name]
+    groups = [group for group in app.registered_groups if group.name == name]
+    if not commands and not groups:
+        return app
+    narrowed = copy.copy(app)
+    narrowed.registered_commands = commands
+    narrowed.registered_groups = [copy.copy(group) for group in groups]
+    for group in narrowed.registered_groups:
+        if group.typer_instance is not None:
+            group.typer_instance = _narrowed(group.typer_instance, words[1:])
+    return narrowed
+
+
+def _add_cache_dir(command: Any) -> None:  # Any: typer keeps the class to itself
+    """Every command takes --cache-dir, and so do the groups that they are in."""
+    command.params.append(
+        typer.core.TyperOption(
+            param_decls=[cache.OPTION], metavar="DIR", expose_value=False, callback=_choose_cache,
+            help=f"what is kept between runs lies there, whatever {cache.SETTING} says",
+        )
+    )  # fmt: skip
+    for each in getattr(command, "commands", {}).values():
+        _add_cache_dir(each)
+
+
+def _choose_cache(_context: object, _parameter: object, value: str | None) -> None:
+    if value is None:
+        return
+    if not value or value.startswith("-"):
+        raise SpecError(f"{cache.OPTION}: no value, for {quote(value)} is no directory", hint=f"{cache.OPTION} DIR")
+    cache.choose(value)
+
+
+def _name(command: Any) -> str:  # Any: typer keeps the class to itself
+    return command.name or str(command.callback.__name__).replace("_", "-")
+
+
 # What typer's own checker says, and what we say.
 _WORDS: Final = (
-    ("Input should be a valid integer", "not a whole number"),
-    ("Input should be a valid number", "not a number"),
-    ("Input should be greater than or equal to 1", "not a number from 1"),
+    ("is not a valid integer", "not a whole number"),
+    ("is not a valid float", "not a number"),
+    ("is not in the range x>=1", "not a number from 1"),
 )
 
 
@@ -85,7 +146,7 @@ def _usage(problem: Any) -> SpecError:  # Any: see _UsageError
     parameter = getattr(problem, "param", None)
     if parameter is not None and not said.startswith("Missing"):
         name = max(parameter.opts, key=len)
-        said = next((words for start, words in _WORDS if problem.message.startswith(start)), problem.message)
+        said = next((words for theirs, words in _WORDS if theirs in problem.message), problem.message)
         said = f"{name}: {said}" if name.startswith("-") else said[:1].lower() + said[1:]
     else:
         said = said[:1].lower() + said[1:]
@@ -99,17 +160,34 @@ def _usage(problem: Any) -> SpecError:  # Any: see _UsageError
 def _near(problem: Any) -> str:
     """The option that was meant, if that can be guessed."""
     there = [word for word in getattr(problem, "possibilities", None) or () if word.startswith("-")]
+    import difflib
+
     return "".join(difflib.get_close_matches(getattr(problem, "option_name", ""), there, n=1))
 
 
+def say(error: OsbuilderError) -> None:
+    """What went wrong, on standard error, for whom that is."""
+    tail = error.tail if isinstance(error, CommandError) else "\n".join(error.details)
+    if _events_wished(sys.argv):
+        console.print_event("error", error=str(error), hint=error.hint, code=error.code, tail=tail)
+    else:
+        console.print_error(error, tail)
+
+
 def _tell(error: OsbuilderError) -> int:
-    console.print_error(error, error.tail if isinstance(error, CommandError) else "")
+    say(error)
     if "--json" in sys.argv:
         try:
-            console.print_json({"error": str(error), "hint": error.hint, "code": error.code})
+            details = {"details": list(error.details)} if error.details else {}
+            console.print_json({"error": str(error), "hint": error.hint, "code": error.code} | details)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # standard output is what failed
     return error.code
+
+
+def _events_wished(words: Sequence[str]) -> bool:
+    """Whether standard error is for a program: --progress json, in both spellings."""
+    return "--progress=json" in words or ("--progress", "json") in itertools.pairwise(words)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import itertools
 import json
 import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 from xml.etree import ElementTree
@@ -19,13 +20,19 @@ from xml.etree import ElementTree
 from osbuild.output import write_whole, writing
 from osbuild.runtime.accel import Accel
 
+REPORT: Final = "report.json"
 SCHEMA: Final = "osbuilder.smoke"
 SCHEMA_VERSION: Final = 1  # a field may be added within a version, never changed or taken away
 # Devices with a partner that lives as long as the boot: an open file, another program.
-_ONCE: Final = ("vhost-vsock-", "vhost-user-vsock-", "socket,id=vsock,")
+_ONCE: Final = (
+    "vhost-vsock-", "vhost-user-vsock-", "socket,id=vsock,",
+    "socket,id=service,", "user,id=network,", "tap,id=network,", "virtio-net-pci,netdev=network,",
+    "virtio-net-device,netdev=network,", "socket,id=monitor,", "chardev=monitor,",
+    "socket,id=share", "vhost-user-fs-", "local,id=share", "virtio-9p-",
+)  # fmt: skip
 CONSOLE_IN_JUNIT: Final = 16 * 1024  # bytes of a console's end; the whole of it lies beside the report
 
-_CODES: Final[Mapping[str, int]] = {"passed": 0, "failed": 6, "unknown": 7}
+_CODES: Final[Mapping[str, int]] = {"passed": 0, "failed": 6, "unknown": 7, "skipped": 7}
 
 
 class Verdict(enum.StrEnum):
@@ -34,6 +41,7 @@ class Verdict(enum.StrEnum):
     passed = enum.auto()
     failed = enum.auto()
     unknown = enum.auto()
+    skipped = enum.auto()  # what it takes is not there: says nothing of the guest
 
     @property
     def code(self) -> int:
@@ -43,7 +51,7 @@ class Verdict(enum.StrEnum):
     @classmethod
     def over(cls, verdicts: Iterable[Verdict]) -> Verdict:
         """One for many: a single failure fails them all, and nothing at all is not a success."""
-        found = set(verdicts)
+        found = set(verdicts) - {cls.skipped}
         if cls.failed in found:
             return cls.failed
         return cls.passed if found == {cls.passed} else cls.unknown
@@ -57,6 +65,7 @@ class Check:
     verdict: Verdict
     detail: str
     seconds: float = 0.0
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what was measured, by name; JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +90,24 @@ class Event:
     guest: float | None = None
 
 
+# What a guest is busy with from an event on, until the next of these.
+_PHASES: Final = {
+    "vmm started": "firmware", "kernel": "kernel", "init": "agent", "agent answered": "checks", "leaving": "power off",
+    "panic": "panic",
+}  # fmt: skip
+
+
+def phases(events: Iterable[tuple[str, float]], length: float) -> Iterator[tuple[str, float, float]]:
+    """What a guest was busy with, when that began and ended: of its events by name and time, and how long all took.
+
+    The first three together are how long it took to answer.
+    """
+    known = [(seconds, _PHASES[name]) for name, seconds in events if name in _PHASES]
+    for (begin, label), (end, _) in itertools.pairwise([*known, (length, "")]):
+        if end > begin:
+            yield label, begin, end
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
     """Why a guest did not do what it should: the line that shows it, and what to do."""
@@ -89,7 +116,7 @@ class Cause:
     sentence: str
     line: str = ""
     hint: str = ""
-    certain: bool = True  # something was seen that shows it; otherwise it is only what silence allows to say
+    certain: bool = True  # a line shows that the guest ended so; otherwise it is a guess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +136,7 @@ class SmokeReport:
     console: Path
     log: Path
     calls: tuple[Call, ...] = ()  # only when the walk was asked for
+    told: tuple[Mapping[str, Any], ...] = ()  # events that the VMM told of by itself: name and data, as it has them
 
     def to_dict(self) -> dict[str, Any]:  # Any: JSON
         """This boot as the report's schema has it; paths are relative to the report."""
@@ -130,6 +158,7 @@ class SmokeReport:
                 for call in self.calls
             ],
             "timeline": [{**dataclasses.asdict(event), "seconds": round(event.seconds, 4)} for event in self.timeline],
+            "events": [dict(event) for event in self.told],
             "command": list(self.command),
             "console": f"{self.name}/{self.console.name}",
             "log": f"{self.name}/{self.log.name}",
@@ -137,10 +166,12 @@ class SmokeReport:
 
     def command_text(self) -> str:
         """A shell script that boots the same again, its console on the terminal, nobody speaking to the agent."""
-        words = list(self.command)
-        for place in range(len(words) - 1, 0, -1):
-            if words[place].startswith(_ONCE):
-                del words[place - 1 : place + 1]
+        words: list[str] = []
+        for word in self.command:
+            if word.startswith(_ONCE) and words:
+                del words[-1]  # the option that it belongs to
+            else:
+                words.append(word)
         lines = [shlex.quote(words[0])]
         for word in words[1:]:
             if word.startswith("file,id=console,"):
@@ -170,19 +201,24 @@ class Report:
         """The exit code that says so."""
         return self.verdict.code
 
-    def to_json(self) -> str:
-        """The report for programs."""
-        whole = {
+    def to_dict(self) -> dict[str, Any]:
+        """The report as its schema has it."""
+        return {
             "schema": SCHEMA,
             "version": SCHEMA_VERSION,
             "verdict": self.verdict,
             "boots": [boot.to_dict() for boot in self.boots],
         }
-        return json.dumps(whole, indent=2, ensure_ascii=True) + "\n"
+
+    def to_json(self) -> str:
+        """The report for programs."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=True) + "\n"
 
     def to_junit(self) -> str:
         """The report for CI: a suite for each boot, a case for each check; what is unknown is an error there."""
-        root = ElementTree.Element("testsuites", {"name": SCHEMA} | _totals(self.boots))
+        totals = _totals(self.boots)
+        del totals["skipped"]  # Jenkins' schema allows it for a suite, and not for all of them
+        root = ElementTree.Element("testsuites", {"name": SCHEMA} | totals)
         for boot in self.boots:
             suite = ElementTree.SubElement(root, "testsuite", {"name": boot.name} | _totals([boot]))
             for check in boot.checks:
@@ -192,10 +228,15 @@ class Report:
         ElementTree.indent(root)
         return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
-    def write(self, directory: Path) -> Path:
-        """Put the report and its evidence into `directory`; each file is whole or not there."""
+    def write(self, directory: Path, *, page: Callable[[], object] | None = None) -> Path:
+        """Put the report and its evidence into `directory`; each file is whole or not there.
+
+        `page` draws what people look at, from the evidence that then lies there. report.json comes last, and an older
+        one goes first: where it is, the rest is too, and belongs to it.
+        """
         home = directory
         home.mkdir(parents=True, exist_ok=True)
+        (home / REPORT).unlink(missing_ok=True)
         for boot in self.boots:
             place = home / boot.name
             place.mkdir(exist_ok=True)
@@ -208,8 +249,10 @@ class Report:
                 _pour(boot.console, all_consoles)
                 all_consoles.write(b"\n")
         write_whole(home / "junit.xml", self.to_junit().encode())
-        write_whole(home / "report.json", self.to_json().encode())  # last: where it is, the rest is too
-        return home / "report.json"
+        if page is not None:
+            page()
+        write_whole(home / REPORT, self.to_json().encode())
+        return home / REPORT
 
 
 # --- Text from a guest --------------------------------------------------------------------------------------------
@@ -249,7 +292,7 @@ def _totals(boots: Iterable[SmokeReport]) -> dict[str, str]:
         "tests": str(len(verdicts)),
         "failures": str(verdicts.count(Verdict.failed)),
         "errors": str(verdicts.count(Verdict.unknown)),
-        "skipped": "0",
+        "skipped": str(verdicts.count(Verdict.skipped)),
         "time": f"{sum(boot.seconds for boot in boots):.3f}",
     }
 
@@ -259,6 +302,9 @@ def _add_case(suite: ElementTree.Element, boot: SmokeReport, check: Check) -> No
         suite, "testcase", classname=f"smoke.{boot.name}", name=check.name, time=f"{check.seconds:.3f}"
     )
     if check.verdict is Verdict.passed:
+        return
+    if check.verdict is Verdict.skipped:
+        ElementTree.SubElement(case, "skipped", message=printable(check.detail))
         return
     kind = "failure" if check.verdict is Verdict.failed else "error"
     said = ElementTree.SubElement(case, kind, message=printable(check.detail), type=check.verdict)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from osbuild.errors import BuildError
+
+if TYPE_CHECKING:
+    import jinja2
 
 _PACKAGE: Final = Path(__file__).resolve().parent
 
@@ -21,12 +25,18 @@ def resource(name: str) -> Path:
 
 def render(name: str, **values: object) -> str:
     """A template of templates/ filled in; a value that the template names and nobody gave is an error of ours."""
+    return _template(name).render(values)
+
+
+@functools.cache
+def _template(name: str) -> jinja2.Template:
     import jinja2  # slow to import, and few commands need it
 
     text = resource(f"templates/{name}").read_text(encoding="utf-8")
-    # Nothing here becomes HTML; and what comes from an image is a value, never a template.
-    environment = jinja2.Environment(  # noqa: S701
+    # What comes from an image is a value, never a template.
+    environment = jinja2.Environment(
+        autoescape=name.endswith(".html.j2"),
         loader=jinja2.FileSystemLoader(resource("templates")),  # for what one template includes of another
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    return environment.from_string(text).render(values)
+    return environment.from_string(text)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import shlex
 import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from osbuild import console
+from osbuild.checks import ON_REQUEST, WALK
 from osbuild.errors import SpecError
-from osbuild.listing import spell
-from osbuild.output import check_output, writing
+from osbuild.output import writing
+from osbuild.replacing import check_replaceable
 
 if TYPE_CHECKING:  # what is slow to import is imported by the command that needs it
     from osbuild.agent_binary import AgentBinary
+    from osbuild.artifacts import File
     from osbuild.doctor import Finding
     from osbuild.housekeeping import CacheItem
+    from osbuild.kernel_cost import Costs
     from osbuild.pipeline import Build
     from osbuild.report import Call, Report, SmokeReport
     from osbuild.rootfs import Explained
@@ -27,6 +32,7 @@ _NOT_WISHED: Final = "not wished"
 _CAME_TO: Final = {
     "passed": ", and every guest passed", "failed": ", but a guest failed", "unknown": ", but a guest was silent",
 }  # fmt: skip
+_BAR_CHARACTERS, _SHADES = 40, "░█▒▓"  # of a timeline: all of it, and one part after the other
 _KEY_CHARACTERS: Final = 12  # of a digest: enough to tell things apart, as Docker shows them
 
 
@@ -57,6 +63,8 @@ def print_rules(rules: Sequence[Explained]) -> None:
 
 
 def _paths(rule: Explained) -> list[tuple[str, str]]:
+    from osbuild.listing import spell
+
     found = []
     for sign, change in (("+", rule.added), ("~", rule.changed), ("-", rule.removed)):
         rest = change.count - len(change.first)
@@ -68,10 +76,10 @@ def _paths(rule: Explained) -> list[tuple[str, str]]:
 # --- rootfs --tar ---------------------------------------------------------------------------------------------------
 
 
-def check_tar(out: Path) -> None:
+def check_tar(out: Path, *, force: bool) -> None:
     """What can be said before any work whether a tar may go there."""
     if str(out) != "-" and not _is_stream(out):
-        check_output(out)
+        check_replaceable(out, "tar", force=force)
 
 
 def write_tar(out: Path, pieces: Iterable[bytes]) -> None:
@@ -122,22 +130,47 @@ def print_boots(report: Report, out: Path) -> None:
     rows = []
     for boot in report.boots:
         passed = sum(check.verdict == "passed" for check in boot.checks)
+        skipped = sum(check.verdict == "skipped" for check in boot.checks)
         answered = next((f"{event.seconds:.2f}" for event in boot.timeline if event.name == "agent answered"), "")
-        checks = f"{passed} of {len(boot.checks)}"
+        checks = f"{passed} of {len(boot.checks) - skipped}" + (f", {skipped} skipped" if skipped else "")
         rows.append((boot.name, boot.accel.name, answered, f"{boot.seconds:.2f}", checks, str(boot.verdict)))
     console.print_table("smoke test", ("boot", "accel", "answered", "seconds", "checks", "verdict"), rows)
+    console.print_table("timeline, on one scale", ("boot", "", "seconds of"), timelines(report.boots))
     lines: list[str] = []
+    for reason in dict.fromkeys(boot.accel.reason for boot in report.boots if "disguise" in boot.accel.reason):
+        lines += console.fold(f"emulated: {reason}", hanging="  ")
     for boot in report.boots:
+        evidence = out / "smoke" / boot.name / boot.console.name
+        quoted = shlex.quote(str(evidence.with_name("command.txt")))
         print_calls(boot)
+        for check in boot.checks:
+            if check.name in ON_REQUEST and check.name != WALK and check.verdict in ("passed", "skipped"):
+                lines += console.fold(f"{boot.name}: {check.name}: {check.detail}", hanging="  ")
         if boot.verdict != "passed":
             lines += console.fold(f"{boot.name}: {boot.reason}", hanging="  ")
             if boot.cause is not None and boot.cause.hint:
                 lines += console.fold(f"hint: {boot.cause.hint}", indent="  ", hanging="  ")
             waited = boot.verdict == "unknown" and boot.cause is not None and not boot.cause.certain
             more = "; --timeout SECONDS gives more time" if waited else ""
-            evidence = out / "smoke" / boot.name / boot.console.name
             lines += console.fold(f"console: {evidence}{more}", indent="  ", hanging="  ")
+        lines.append(f"{boot.name} again, with its console here: sh {quoted}")
     console.print_lines(lines)
+
+
+def timelines(boots: Sequence[SmokeReport]) -> list[tuple[str, str, str]]:
+    """Of each boot a bar as long as it took, and what the guest was busy with."""
+    from osbuild.report import phases
+
+    longest = max((boot.seconds for boot in boots), default=0.0) or 1.0
+    rows = []
+    for boot in boots:
+        found = list(phases(((event.name, event.seconds) for event in boot.timeline), boot.seconds))
+        ends = [round(end / longest * _BAR_CHARACTERS) for _, _, end in found]
+        parts = [end - begin for begin, end in itertools.pairwise([0, *ends])]
+        bar = "".join(_SHADES[number % len(_SHADES)] * part for number, part in enumerate(parts))
+        words = [f"{label} {end - begin:.2f}" for label, begin, end in found]
+        rows.append((boot.name, bar, ", ".join(words)))
+    return rows
 
 
 def print_calls(boot: SmokeReport) -> None:
@@ -194,6 +227,8 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 def print_agent(found: AgentBinary) -> None:
     """What a program is, a fact in a line."""
+    from osbuild.listing import spell
+
     facts = {
         "agent": " ".join(dict.fromkeys((found.name, found.version))),  # "unknown" once
         "architecture": found.arch,
@@ -204,6 +239,23 @@ def print_agent(found: AgentBinary) -> None:
     for index, how in enumerate(found.evidence):
         lines += console.fold(how, indent=f"{'' if index else 'seen':14}", hanging=" " * 14)
     console.print_lines(lines)
+
+
+# --- kernel cost -----------------------------------------------------------------------------------------------------
+
+
+def print_costs(found: Costs) -> None:
+    """A row for each fragment, and the whole."""
+    rows = [
+        (
+            cost.name, str(cost.objects), console.size_text(cost.bytes),
+            f"{cost.seconds:.1f}" + (f" + {cost.unmeasured} not measured" if cost.unmeasured else ""),
+            str(cost.symbols), ", ".join(Path(name).name for name in cost.largest[:3]),
+        )
+        for cost in (*found.fragments, found.whole)
+    ]  # fmt: skip
+    columns = ("without it, less of", "objects", "size", "seconds", "settings", "largest")
+    console.print_table("What each fragment costs", columns, rows)
 
 
 # --- cache ----------------------------------------------------------------------------------------------------------
@@ -241,3 +293,11 @@ def short(key: str) -> str:
 def _counted(kinds: Iterable[str]) -> list[str]:
     counts = [f"{count} {kind}{'s' * (count > 1)}" for kind, count in sorted(Counter(kinds).items())]
     return [f"besides: {', '.join(counts)}; --all lists them"] if counts else []
+
+
+def print_file(file: File, about: Mapping[str, object], *, as_json: bool) -> None:
+    """One file that was made."""
+    if as_json:
+        console.print_json({**file.to_dict(), **about})
+    else:
+        console.print_lines([f"{file.path}  {console.size_text(file.size)}  sha256:{file.sha256}"])

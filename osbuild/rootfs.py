@@ -127,6 +127,7 @@ def assemble_rootfs(
         epoch=epoch,
         agent=str(setting.agent),
         agent_sha256=setting.agent.sha256,
+        agent_inputs=setting.agent.inputs,
         words=WORDS if setting.service else init_words(setting.agent, service=False),
         dropped_xattrs=setting.dropped_xattrs,
         inputs=inputs,

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from osbuild.agent import Agent
-from osbuild.spec import RootfsSpec
 from osbuild.tree import Bytes, Draft
 
 if TYPE_CHECKING:  # slow to import: with it comes all that speaks to registries
     from osbuild.sources.image import SourceImage
+    from osbuild.spec import RootfsSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,36 +8,38 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from osbuild import autopsy, ttrpc, walk_check
-from osbuild.agent import NAME
-from osbuild.agent_binary import UNKNOWN
-from osbuild.agent_client import AgentClient
+from osbuild import autopsy, ttrpc
+from osbuild.arch import MIB, X86_64, find_arch
 from osbuild.artifacts import DiskImage, Initrd
+from osbuild.checks import CHECKS, FIRST, GUESTS, prepare, select
+from osbuild.checks.base import Session
 from osbuild.errors import SpecError
-from osbuild.findings import Unclear as Unclear
-from osbuild.findings import Wrong as Wrong
-from osbuild.report import Call, Cause, Check, SmokeReport, Verdict, printable, tail
-from osbuild.runtime import RUNTIMES
+from osbuild.findings import NotHere, Unclear, Unsaid, Wrong
+from osbuild.network import GuestNetwork
+from osbuild.network.leftovers import host_addresses, left_behind
+from osbuild.probe import Refused
+from osbuild.report import Cause, Check, SmokeReport, Verdict, printable
+from osbuild.runtime import RUNTIMES, accel
 from osbuild.runtime.base import Guest, Machine
-from osbuild.tree import quote
+from osbuild.runtime.placing import kernel_end, overlap
 from osbuild.watcher import OnEvent, Watcher
 
 SECONDS: Final = 60.0
 
-_POLL_SECONDS: Final = 0.005
-_LINE_SECONDS: Final = 2.0  # a line written before the agent answered is on the console soon after
-_POWEROFF_SECONDS: Final = 10.0
-_CONNECT_SECONDS: Final = 0.2
-_CALL_SECONDS: Final = 10.0  # for an agent that answered before
-_CONSOLE_BYTES: Final = 1 << 20  # in which the kernel has said what its root is
+OnCheck = Callable[[Check, float], None]  # what came of it, and seconds since the VMM was started
+
+_CONSOLE: Final = "console"  # the check that the kernel complains of nothing of its guest's
 _NOT_REACHED: Final = "not reached"
+# What a VMM tells of how its guest fared: SHUTDOWN has the reason, guest-reset for one that only wanted to restart.
+_TOLD: Final = ("SHUTDOWN", "RESET", "POWERDOWN", "STOP", "GUEST_PANICKED", "GUEST_CRASHLOADED", "BLOCK_IO_ERROR")
+_TOLD_MOST: Final = 50  # a guest may have any number of errors
+_SOON, _NOW = 1.0, 0.02  # seconds: of one that ends, what is left to read; of one that lives, what is there
 _LAST_CHARACTERS: Final = 60  # of a console's last line, in a reason
 
 
@@ -49,25 +51,36 @@ def run(
     vmm: str = "qemu",
     seconds: float = SECONDS,
     checks: Iterable[str] = (),
+    guests: int = 1,
     on_event: OnEvent | None = None,
+    on_check: OnCheck | None = None,
 ) -> SmokeReport:
     """Boot `machine` once and look at what `select` gives; its console and logs stay in `work`."""
-    selected = select(checks)
-    if WALK in selected and not machine.mac:
-        machine = dataclasses.replace(machine, mac=walk_check.MAC)
+    checks = frozenset(checks)
+    selected = select(checks, machine, asked=(GUESTS,) if guests > 1 else ())
+    machine = prepare(machine, selected)
     if vmm not in RUNTIMES:
         raise SpecError(f"no VMM {vmm!r}", hint=f"one of {', '.join(RUNTIMES)}")
-    before = _stamps(machine)
+    before, addresses = _stamps(machine), host_addresses()
     with RUNTIMES[vmm].start(machine, work) as guest, Watcher(guest, on_event) as watcher:
-        session = Session(machine=machine, guest=guest, watcher=watcher, deadline=guest.started + seconds)
-        seen = session.go_through(selected)
+        session = Session(
+            machine=machine,
+            guest=guest,
+            watcher=watcher,
+            deadline=guest.started + seconds,
+            work=work,
+            vmm=vmm,
+            asked=checks,
+            reads_tree=not {"dax", GUESTS}.isdisjoint(selected),
+            guests=guests,
+        )
+        seen = go_through(session, selected, on_check)
         evidence = watcher.finish(answered=seen[0].verdict is Verdict.passed, gone=session.gone)
-    seen.append(_console_is_clean(evidence, lost=session.lost))
-    seen.append(_unchanged(before, _stamps(machine)))
+        told = guest.monitor.told(*_TOLD, seconds=_SOON if evidence.status is not None else _NOW)
+    seen += _afterwards(session, evidence, before, addresses)
     took = time.monotonic() - guest.started
-    cause = autopsy.explain(evidence) if session.lost else None
-    if cause is not None:
-        seen = [_blame(check, cause) for check in seen]
+    evidence = _with_machine(evidence, session)
+    cause, seen = _blamed(session, evidence, seen)
     verdict = Verdict.over(check.verdict for check in seen)
     return SmokeReport(
         name=name,
@@ -78,6 +91,7 @@ def run(
         checks=tuple(seen),
         calls=tuple(session.calls),
         timeline=watcher.timeline,
+        told=tuple(told[:_TOLD_MOST]),
         seconds=took,
         accel=guest.accel,
         command=guest.command,
@@ -86,235 +100,63 @@ def run(
     )
 
 
-# --- Checks ---------------------------------------------------------------------------------------------------------
+# --- One check after the other ----------------------------------------------------------------------------------------
 
 
-class Session:
-    """One guest, being asked."""
-
-    def __init__(self, *, machine: Machine, guest: Guest, watcher: Watcher, deadline: float) -> None:
-        self.machine = machine
-        self.guest = guest
-        self.watcher = watcher
-        self.deadline = deadline
-        self.lost = False  # the guest fell silent or went away: the console knows more than the check does
-        self.gone = False  # it went away
-        self.calls: list[Call] = []  # of the walk
-        self._connection: ttrpc.Connection | None = None
-        self._client: AgentClient | None = None
-        self._connections = contextlib.ExitStack()
-
-    @property
-    def left(self) -> float:
-        """Seconds until the deadline, and a little more than none after it."""
-        return max(self.deadline - time.monotonic(), 0.01)
-
-    @property
-    def client(self) -> AgentClient:
-        """The agent, connected to when first asked for."""
-        if self._client is None:
-            self._client = AgentClient(self.connection)
-        return self._client
-
-    @property
-    def connection(self) -> ttrpc.Connection:
-        """The connection under it."""
-        if self._connection is None:
-            self._connection = self._connections.enter_context(self._connect())
-        return self._connection
-
-    @property
-    def service(self) -> bool:
-        """The agent is one of systemd's services: who names a unit to systemd boots such a guest."""
-        return any(word.startswith("systemd.unit=") for word in self.machine.root.words)
-
-    def go_through(self, checks: Mapping[str, CheckFunction]) -> list[Check]:
-        """Every check in order; once the guest is lost the rest is unknown."""
-        with self._connections:
-            return [self._look(name, function) for name, function in checks.items()]
-
-    def _look(self, name: str, function: CheckFunction) -> Check:
-        began = time.monotonic()
-        if self.lost:
-            return Check(name=name, verdict=Verdict.unknown, detail=_NOT_REACHED)
-        try:
-            verdict, detail = Verdict.passed, function(self)
-        except Wrong as problem:
-            verdict, detail = Verdict.failed, str(problem)
-        except Unclear as problem:
-            verdict, detail = Verdict.unknown, str(problem)
-        except ttrpc.CallTimeout as problem:
-            verdict, detail, self.lost = Verdict.unknown, str(problem), True
-        except ttrpc.PeerClosed as problem:
-            verdict, detail, self.lost, self.gone = Verdict.failed, str(problem), True, True
-        except ttrpc.RpcError as problem:
-            verdict, detail = Verdict.failed, str(problem)
-        return Check(name=name, verdict=verdict, detail=printable(detail), seconds=time.monotonic() - began)
-
-    def _connect(self) -> ttrpc.Connection:
-        while self.guest.process.poll() is None:
-            if not self.guest.channel.ready:
-                time.sleep(_POLL_SECONDS)
-            else:
-                # A VMM that made its channel may die the next moment: look at it from time to time.
-                with contextlib.suppress(ttrpc.CallTimeout):
-                    return self.guest.channel.connect(min(_CONNECT_SECONDS, self.left))
-            if time.monotonic() > self.deadline:
-                raise ttrpc.CallTimeout("the VMM has no channel to the agent")
-        raise ttrpc.PeerClosed("the VMM ended before there was a channel to the agent")
+def go_through(session: Session, names: Iterable[str], on_check: OnCheck | None = None) -> list[Check]:
+    """Every check in order; once the guest is lost the rest is unknown. `on_check` hears of each, and when it ended."""
+    seen = []
+    with session.connections:
+        for name in names:
+            seen.append(_look(session, name))
+            if on_check is not None:
+                on_check(seen[-1], time.monotonic() - session.guest.started)
+    return seen
 
 
-CheckFunction = Callable[[Session], str]  # what was seen; Wrong or Unclear otherwise
-
-
-def agent_answers(session: Session) -> str:
-    session.client.wait(session.left)
-    session.watcher.record("agent answered")
-    return "it serves"
-
-
-def agent_version(session: Session) -> str:
-    version = session.client.version(seconds=min(_CALL_SECONDS, session.left))
-    wanted = session.machine.agent.rpartition(" ")[2]
-    if wanted not in ("", UNKNOWN) and version.agent != wanted:
-        raise Wrong(f"the agent that answers is {version.agent}, not the {wanted} that was put in")
-    return f"{version.agent}, interface {version.grpc}"
-
-
-def agent_details(session: Session) -> str:
-    details = session.client.guest_details(seconds=min(_CALL_SECONDS, session.left))
-    if details.agent.init_daemon is session.service:
-        raise Wrong(f"the agent says that it is {'' if session.service else 'not '}PID 1")
-    return f"{'a service' if session.service else 'PID 1'}, {details.agent.version}"
-
-
-def _logs_as_ours(session: Session) -> bool:
-    """Whether the agent that was put in says on the console what its root is, and which run it belongs to."""
-    return session.machine.agent.partition(" ")[0] in ("", NAME)
-
-
-def root_mounted(session: Session) -> str:
-    if not _logs_as_ours(session):
-        console = tail(session.guest.console, _CONSOLE_BYTES)
-        return judge_kernel(session.machine.root, console.decode(errors="replace"))
-    fields = session.watcher.message("root mounted", min(_LINE_SECONDS, session.left))
-    if fields is None:
-        raise Unclear("no log line of the agent's on the console says what its root is")
-    return judge_root(session.machine.root, fields)
-
-
-def judge_kernel(root: DiskImage | Initrd, console: str) -> str:
-    """The same from what the kernel says: which filesystem, on a disk; of an initramfs, that it starts /init of one."""
-    if isinstance(root, Initrd):
-        if not re.search(r"\] Run /init as init process", console):
-            raise Unclear("the kernel does not say that it starts /init of an initramfs")
-        return "initramfs, by the kernel's word"
-    found = re.search(r"\] VFS: Mounted root \((\w+) filesystem\)( readonly)? on device (\d+:\d+)", console)
-    if found is None:
-        raise Unclear("the kernel does not say what it mounted as root")
-    said = f"{found[1]} on device {found[3]}, {'read-only' if found[2] else 'writable'}, by the kernel's word"
-    if found[1] != root.filesystem:
-        raise Wrong(f"the root is not {root.filesystem} but {said}")
-    if bool(found[2]) is ("rw" in root.words):
-        raise Wrong(f"the root is mounted in the wrong way: {said}")
-    return said
-
-
-def judge_root(root: DiskImage | Initrd, fields: Mapping[str, Any]) -> str:
-    """What the guest's root is, when it is what was booted; Wrong otherwise."""
-    kind, device = str(fields.get("fstype", "")), str(fields.get("device", ""))
-    options = str(fields.get("options", "")).split(",")
-    said = f"{kind} on {device} ({','.join(options)})"
-    if isinstance(root, Initrd):
-        if kind not in ("rootfs", "tmpfs", "ramfs"):
-            raise Wrong(f"the root is not the initramfs but {said}")
-        return said
-    if kind != root.filesystem:
-        raise Wrong(f"the root is not {root.filesystem} but {said}")
-    wanted = next((word.partition("=")[2] for word in root.words if word.startswith("root=/dev/")), "")
-    names = (wanted,) if root.verified else (wanted, "/dev/root")
-    if wanted and device.startswith("/dev/") and device not in names:
-        raise Wrong(f"the root is not on {wanted} but {said}")
-    if "rw" in root.words:
-        if "rw" not in options:
-            raise Wrong(f"the root cannot be written to: {said}")
-    elif "ro" not in options:
-        raise Wrong(f"the root can be written to: {said}")
-    if root.dax and not root.verified and not {"dax", "dax=always"} & set(options):
-        raise Wrong(f"the root is mounted without DAX: {said}")
-    return said
-
-
-def nonce_agrees(session: Session) -> str:
-    if not _logs_as_ours(session):
-        return "the answers came through this run's own channel; this agent says no nonce"
-    fields = session.watcher.message("agent started", min(_LINE_SECONDS, session.left))
-    if fields is None:
-        raise Unclear("no log line of the agent's on the console says which run it belongs to")
-    if fields.get("nonce") != session.machine.nonce:
-        raise Wrong(f"the agent belongs to another run: its nonce is {fields.get('nonce')!r}")
-    return "this run's"
-
-
-def every_call(session: Session) -> str:
+def _look(session: Session, name: str) -> Check:
     began = time.monotonic()
-    rows = walk_check.walk(session.connection, session.machine, init=not session.service)
-    session.deadline += time.monotonic() - began  # each of its calls has had a deadline
-    session.calls += [
-        Call(
-            call=row.call, about=row.about, verdict=str(row.verdict), detail=printable(row.detail),
-            seconds=row.seconds, calls=row.calls, call_seconds=row.call_seconds,
-        )
-        for row in rows
-    ]  # fmt: skip
-    if walk_check.gone(rows):
-        session.lost = session.gone = True
-    return walk_check.judge(rows)
+    session.facts = {}
+    if session.lost:
+        return Check(name=name, verdict=Verdict.unknown, detail=_NOT_REACHED)
+    try:
+        verdict, detail = Verdict.passed, CHECKS[name].look(session)
+    except Wrong as problem:
+        verdict, detail = Verdict.failed, str(problem)
+        if not (session.lost or isinstance(problem, Unsaid)):
+            session.seen_wrong.add(name)
+    except Unclear as problem:
+        verdict, detail = Verdict.unknown, str(problem)
+    except NotHere as problem:  # who named it is not told that all is well
+        verdict, detail = Verdict.unknown if session.by_name(name) else Verdict.skipped, str(problem)
+    except ttrpc.CallTimeout as problem:
+        verdict, detail, session.lost = Verdict.unknown, str(problem), True
+    except ttrpc.PeerClosed as problem:
+        verdict, detail, session.lost, session.gone = Verdict.failed, str(problem), True, True
+    except ttrpc.RpcError as problem:
+        verdict, detail = Verdict.failed, str(problem)
+    except Refused as problem:
+        verdict, detail = Verdict.unknown, f"the guest refuses it: {problem}"
+    except (ValueError, LookupError, TypeError) as problem:  # of numbers and names that an image may choose
+        verdict, detail = Verdict.unknown, f"what the guest says is not to be understood: {problem!r}"
+    finally:
+        seconds = time.monotonic() - began
+        if name != FIRST:  # what is asked later waits with deadlines of its own, and takes none of the next one's time
+            session.deadline += seconds
+    return Check(name=name, verdict=verdict, detail=printable(detail), seconds=seconds, facts=session.facts)
 
 
-def powers_off(session: Session) -> str:
-    with contextlib.suppress(ttrpc.PeerClosed):  # it may be gone before its answer is
-        session.client.destroy_sandbox(seconds=min(_CALL_SECONDS, session.left))
-    end = session.watcher.wait_for_end(_POWEROFF_SECONDS)
-    if end.panicked:
-        raise Wrong("the kernel panicked instead of powering off")
-    if end.halted:
-        return "halted: this machine has no power switch"
-    if end.status is None:
-        raise Wrong(f"the guest is still there {_POWEROFF_SECONDS:g} s after it was told to power off")
-    if end.status != 0:
-        raise Wrong(f"the VMM ended with status {end.status}")
-    if not end.leaving:
-        raise Wrong("the VMM ended, but the guest's kernel never said that it would power off")
-    return "the VMM ended by itself"
-
-
-CHECKS: Final[Mapping[str, CheckFunction]] = {
-    "agent.check": agent_answers,
-    "agent.version": agent_version,
-    "agent.details": agent_details,
-    "root": root_mounted,
-    "nonce": nonce_agrees,
-    "agent": every_call,
-    "poweroff": powers_off,
-}
-WALK: Final = "agent"
-_FIRST: Final = "agent.check"  # without it nothing else can be asked
-_ON_REQUEST: Final = frozenset((WALK,))
-
-
-def select(names: Iterable[str]) -> dict[str, CheckFunction]:
-    """The checks of these names, in order; of none, all that take no time.
-
-    A walk's last call is the one that ends a guest, so that is looked at too.
-    """
-    wanted = set(names)
-    if unknown := sorted(wanted - CHECKS.keys()):
-        raise SpecError(f"no check {quote(unknown[0])}", hint=f"one of {', '.join(CHECKS)}")
-    wanted = wanted | {_FIRST} if wanted else CHECKS.keys() - _ON_REQUEST
-    if WALK in wanted:
-        wanted = wanted | {"poweroff"}
-    return {name: function for name, function in CHECKS.items() if name in wanted}
+def _afterwards(
+    session: Session, evidence: autopsy.Evidence, before: Mapping[Path, _Stamp], addresses: frozenset[str]
+) -> Iterator[Check]:
+    """What can be seen only once the guest has gone: its console, its files, and what it had of the host."""
+    console = _console_is_clean(evidence, lost=session.lost)
+    if console.verdict is Verdict.failed:
+        session.seen_wrong.add(console.name)
+    yield console
+    yield _unchanged(before, _stamps(session.machine))
+    if session.guest.network is not None:
+        yield _network_is_gone(session.guest.network, addresses)
 
 
 # --- What it comes to -----------------------------------------------------------------------------------------------
@@ -342,11 +184,11 @@ def _stamps(machine: Machine) -> dict[Path, _Stamp]:
 def _console_is_clean(evidence: autopsy.Evidence, *, lost: bool) -> Check:
     """A guest may answer well and still have lost half of its root: the kernel says so on the console only."""
     if lost:  # then the console was asked for the cause
-        return Check(name="console", verdict=Verdict.unknown, detail=_NOT_REACHED)
+        return Check(name=_CONSOLE, verdict=Verdict.unknown, detail=_NOT_REACHED)
     trouble = autopsy.trouble(evidence)
     if trouble is not None:
-        return Check(name="console", verdict=Verdict.failed, detail=f"{trouble.sentence}: {trouble.line}")
-    return Check(name="console", verdict=Verdict.passed, detail="the kernel complains of nothing")
+        return Check(name=_CONSOLE, verdict=Verdict.failed, detail=f"{trouble.sentence}: {trouble.line}")
+    return Check(name=_CONSOLE, verdict=Verdict.passed, detail="the kernel complains neither of itself nor of its root")
 
 
 def _unchanged(before: Mapping[Path, _Stamp], after: Mapping[Path, _Stamp]) -> Check:
@@ -356,13 +198,58 @@ def _unchanged(before: Mapping[Path, _Stamp], after: Mapping[Path, _Stamp]) -> C
     return Check(name="files", verdict=Verdict.passed, detail="not changed by the run")
 
 
-# The VMM was ended from outside: nothing the guest did.
-_NOT_THE_GUEST: Final = frozenset({"vmm-killed"})
+def _network_is_gone(net: GuestNetwork, before: frozenset[str]) -> Check:
+    if left := left_behind(net, before):
+        return Check(name="network.gone", verdict=Verdict.failed, detail=f"still on the host: {', '.join(left)}")
+    return Check(name="network.gone", verdict=Verdict.passed, detail="no address, link, namespace or rule is left here")
+
+
+# Nothing the guest did: the VMM was ended from outside, or nobody could see.
+_NOT_THE_GUEST: Final = frozenset({"vmm-killed", "console-full", "console-wrong", "kvm-disguise", "clock"})
+
+
+def _with_machine(evidence: autopsy.Evidence, session: Session) -> autopsy.Evidence:
+    """What a guest left, and what it was given; a KVM under which one was lost is measured again."""
+    machine, guest = session.machine, session.guest
+    if session.lost and guest.accel.name == "kvm" and evidence.status != 0:
+        evidence = dataclasses.replace(evidence, doubt=accel.doubt(find_arch(machine.arch), Path(guest.command[0])))
+    return dataclasses.replace(
+        evidence, memory_mib=machine.memory_mib, kernel_mib=-(-machine.kernel.vmlinux.size // MIB),
+        over_kernel=_over_kernel(machine),
+    )  # fmt: skip
+
+
+def _over_kernel(machine: Machine) -> int:
+    """Bytes of the initramfs that a VMM has to lay where an x86 kernel lies; arm64's goes behind its kernel."""
+    if not isinstance(machine.root, Initrd) or find_arch(machine.arch) is not X86_64:
+        return 0
+    with contextlib.suppress(OSError):  # gone meanwhile
+        return overlap(machine.memory_mib * MIB, machine.root.file.size, kernel_end(machine.kernel.vmlinux.path))
+    return 0
+
+
+def _cause(evidence: autopsy.Evidence, seen: Iterable[Check], *, lost: bool) -> Cause | None:
+    """Why: of a guest that was lost, or of one in which something was wrong that nobody could have seen rightly."""
+    if lost:
+        return autopsy.explain(evidence)
+    if all(check.verdict in (Verdict.passed, Verdict.skipped) for check in seen):
+        return None
+    return autopsy.unseen(evidence)
+
+
+def _blamed(session: Session, evidence: autopsy.Evidence, seen: list[Check]) -> tuple[Cause | None, list[Check]]:
+    """The cause, and the checks once those that it explains say so."""
+    cause = _cause(evidence, seen, lost=session.lost)
+    if cause is not None:
+        seen = [check if check.name in session.seen_wrong else _blame(check, cause) for check in seen]
+    if session.seen_wrong and not session.lost:  # what failed was seen, and is its own cause
+        cause = autopsy.trouble(evidence) if _CONSOLE in session.seen_wrong else None
+    return cause, seen
 
 
 def _blame(check: Check, cause: Cause) -> Check:
-    """The check that lost the guest says why, once the console has said it."""
-    if check.verdict is Verdict.passed or check.detail == _NOT_REACHED:
+    """The check that lost the guest, or could not see, says why once the console has said it."""
+    if check.verdict in (Verdict.passed, Verdict.skipped) or check.detail == _NOT_REACHED:
         return check
     verdict = check.verdict
     if cause.name in _NOT_THE_GUEST:
@@ -370,7 +257,7 @@ def _blame(check: Check, cause: Cause) -> Check:
     elif cause.certain:
         verdict = Verdict.failed
     detail = cause.sentence if cause.certain else f"{check.detail}; {cause.sentence}"
-    return Check(name=check.name, verdict=verdict, detail=detail, seconds=check.seconds)
+    return dataclasses.replace(check, verdict=verdict, detail=detail)
 
 
 def _reason(
@@ -409,7 +296,9 @@ def _facts(machine: Machine, vmm: str, guest: Guest) -> dict[str, str | int]:
         "root": str(root.file.path),
         "root_kind": _kind(root),
         "transport": guest.channel.name,
+        "network": machine.network or "none",
         "memory_mib": machine.memory_mib,
         "cpus": machine.cpus,
         "nonce": machine.nonce,
+        **guest.facts,
     }

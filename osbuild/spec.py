@@ -7,24 +7,29 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from osbuild import networks
 from osbuild.arch import Arch
+from osbuild.checks import CHECKS
 from osbuild.errors import SpecError
 from osbuild.filesystem import FILESYSTEMS, Room
-from osbuild.initrd import COMPRESSIONS
+from osbuild.limits import Limits
 from osbuild.nvdimm_image import ALIGN, FORMATS, Layout, check_align
-from osbuild.oci import Platform
 from osbuild.registry_spec import RegistrySpec as RegistrySpec
-from osbuild.tar import Limits
 from osbuild.tree import quote
+
+if TYPE_CHECKING:
+    from osbuild.oci import Platform
 
 KINDS: Final = ("image", "initrd")
 ACCELS: Final = ("auto", "kvm", "tcg")
-CHECKS: Final = ("agent.check", "agent.version", "agent.details", "root", "nonce", "agent", "poweroff")
 TRANSPORTS: Final = ("auto", "serial", "vsock", "vhost-user-vsock")
+MACHINES: Final = ("auto", "q35", "microvm", "virt")
+ATTACHMENTS: Final = ("auto", "nvdimm", "virtio-pmem", "virtio-blk")
 INITS: Final = ("agent", "systemd")
 _SECONDS_MAX: Final = 86400
+_GUESTS_MAX: Final = 64
 _LEAST_MIB: Final = 64
 _DISK_MAX: Final = 2 << 40  # what an MBR can say
 _READ_ONLY: Final = frozenset(("erofs",))
@@ -39,18 +44,39 @@ class GuestSpec:
     cpus: int = 1
     accel: str = "auto"
     seconds: float = 60.0  # that a guest has to answer
+    machine: str = "auto"  # QEMU's board
+    attach: str = "auto"  # how it gets an image
     transport: str = "auto"  # how its agent is asked
+    network: str = ""  # as networks.split reads it; empty: none
+    guests: int = 1  # of each image, at the same time
     checks: tuple[str, ...] = ()  # what to look at; none: everything that takes no time
+
+    @property
+    def as_disk(self) -> bool:
+        """An image is a disk for it, whatever else it could be."""
+        return self.attach == "virtio-blk" or self.machine == "microvm"
 
     def __post_init__(self) -> None:
         _one_of("accelerator", self.accel, ACCELS)
         _one_of("transport", self.transport, TRANSPORTS)
-        for name in self.checks:
-            _one_of("check", name, CHECKS)
+        _one_of("machine", self.machine, MACHINES)
+        _one_of("way to attach an image", self.attach, ATTACHMENTS)
+        if self.machine == "microvm" and self.attach not in ("auto", "virtio-blk"):
+            raise SpecError(f"a microvm takes no {self.attach}", hint="--attach virtio-blk, or --machine q35")
+        if self.network:
+            networks.split(self.network)
+        if unknown := [name for name in self.checks if name not in CHECKS]:
+            given = [f"--check {name}" for text in unknown for name in text.split(",") if name in CHECKS]
+            raise SpecError(
+                f"no check {', '.join(map(quote, unknown))}",
+                hint=f"{' '.join(given)}: one at a time" if given else f"one of {', '.join(CHECKS)}",
+            )
         if not 0 < self.seconds <= _SECONDS_MAX:
             raise SpecError(f"a guest cannot have {self.seconds:g} s to answer", hint="more than 0, at most a day")
         if self.memory_mib and self.memory_mib < _LEAST_MIB:
             raise SpecError(f"no guest boots in {self.memory_mib} MiB", hint=f"at least {_LEAST_MIB}, or 0 for enough")
+        if not 1 <= self.guests <= _GUESTS_MAX:
+            raise SpecError(f"{self.guests} guests cannot be looked at", hint=f"1 to {_GUESTS_MAX}")
         if self.cpus < 1:
             raise SpecError(f"a guest cannot have {self.cpus} processors", hint="1 or more")
 
@@ -154,8 +180,10 @@ class BuildSpec:
     kinds: tuple[str, ...] = KINDS  # what to make and boot
     disk: DiskSpec = field(default_factory=DiskSpec)
     compress: str = "zstd"
-    kernel_source: Path | None = None
+    kernel_source: str | None = None  # as kernel_sources has it; None: the pinned default
+    keyring: Path | None = None  # public keys for a kernel source whose signature is checked
     features: tuple[str, ...] = ()
+    lock: Path | None = None  # a lock.json: nothing is taken that is not in it
     smoke: bool = True
     guest: GuestSpec = field(default_factory=GuestSpec)
     platform: Platform | None = None  # of the image; the architecture's own when not given
@@ -165,6 +193,8 @@ class BuildSpec:
     epoch: int | None = field(default_factory=lambda: source_date_epoch())
 
     def __post_init__(self) -> None:
+        from osbuild.initrd import COMPRESSIONS
+
         _one_of("compression", self.compress, COMPRESSIONS)
         if not self.kinds or set(self.kinds) - set(KINDS):
             raise SpecError(f"nothing to make of {quote(', '.join(self.kinds))}", hint=f"some of {', '.join(KINDS)}")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from osbuild import cpio_reader, qcow2
+from osbuild import qcow2
 from osbuild.borrowed import Borrowed
-from osbuild.cpio_reader import Archive
 from osbuild.disk_layout import DiskLayout, Partition, read_layout
 from osbuild.errors import InputError
 from osbuild.filesystem import READERS, Volume
 from osbuild.kernel_file import KernelFile, read_kernel
 from osbuild.tree import Tree, quote
+
+if TYPE_CHECKING:
+    from osbuild.cpio_reader import Archive
 
 QCOW2: Final = "qcow2 image"
 
@@ -60,8 +62,7 @@ def open_subject(path: Path) -> Subject:
     kernel = read_kernel(backing)
     if kernel is not None:
         return Subject(path=path, backing=backing, kind="kernel", kernel=kernel)
-    kind = cpio_reader.compression(head)
-    if kind:
+    if _is_archive(head):
         return _initramfs(path, backing)
     layout = read_layout(backing)
     if layout is not None:
@@ -79,7 +80,17 @@ def open_subject(path: Path) -> Subject:
     )
 
 
+def _is_archive(head: bytes) -> bool:
+    if head.startswith(b"\0"):  # as disks do; no archive does
+        return False
+    from osbuild import cpio_reader
+
+    return bool(cpio_reader.compression(head))
+
+
 def _initramfs(path: Path, backing: Borrowed) -> Subject:
+    from osbuild import cpio_reader
+
     try:
         archive = cpio_reader.read(backing)
     except InputError as problem:

@@ -6,20 +6,21 @@ YAML reads as its own double-quoted ones.
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import osbuild
 from osbuild.agent import Agent
 from osbuild.arch import ARCHES
-from osbuild.packages import Inventory, installed_packages
 from osbuild.rules import Outcome, Setting, applied
-from osbuild.spec import RootfsSpec
 from osbuild.tree import Draft, regular
 from osbuild.wishes import HOOKS, MODULES, POLICIES
+
+if TYPE_CHECKING:
+    from osbuild.packages import Inventory
+    from osbuild.spec import RootfsSpec
 
 PATH: Final = "/var/lib/osbuilder/osbuilder.yaml"
 FORMAT: Final = "0.0.2"
@@ -37,6 +38,8 @@ Yaml = str | int | Sequence["Yaml"] | Mapping[str, "Yaml"]
 
 def summary(draft: Draft, setting: Setting) -> Outcome:
     """/var/lib/osbuilder/osbuilder.yaml says what is inside: distribution, packages with versions, agent, changes."""
+    from osbuild.packages import installed_packages  # whose databases need sqlite
+
     # The image's packages: that --remove took their database away does not make them unknown.
     found = installed_packages(setting.image.tree)
     draft.put(PATH, regular(to_yaml(describe(setting, found)).encode(), mtime_ns=setting.now))
@@ -97,6 +100,8 @@ def _added(wishes: RootfsSpec) -> list[str]:
 
 def creation_time(epoch: int) -> str:
     """Seconds since 1970 as date(1) prints `%Y-%m-%dT%T.%N%zZ` in UTC, which is how Kata writes it."""
+    import datetime
+
     moment = datetime.datetime.fromtimestamp(epoch, tz=datetime.UTC)
     return f"{moment:%Y-%m-%dT%H:%M:%S}.000000000+0000Z"
 

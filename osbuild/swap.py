@@ -10,7 +10,7 @@ with options that are known, is refused: lock.json beside it knows them, or the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,24 +21,28 @@ from osbuild.agent import INIT, Agent, install_init
 from osbuild.agents import AGENTS, find_agent, init_words
 from osbuild.arch import ARCHES, Arch
 from osbuild.artifacts import DiskImage, Initrd, Rootfs
+from osbuild.begun import beginning
 from osbuild.bootable import problems
+from osbuild.borrowed import Borrowed
 from osbuild.cache import Cache
+from osbuild.content import pieces_of
 from osbuild.elf import read_elf
-from osbuild.errors import InputError, SpecError
+from osbuild.errors import InputError, OsbuilderError, SpecError
 from osbuild.filesystem import FILESYSTEMS, Plan
-from osbuild.initrd import build_initrd
-from osbuild.nvdimm_image import FILESYSTEM_START, Layout, build_nvdimm_image
+from osbuild.filesystem.base import Foreseen
+from osbuild.nvdimm_image import FILESYSTEM_START, Layout, build_nvdimm_image, data_start
 from osbuild.spec import DiskSpec
 from osbuild.subject import QCOW2, Filesystem, Subject, open_subject
 from osbuild.summary import agent_of, with_agent
 from osbuild.systemd import WORDS, find_units, unit_texts
-from osbuild.tree import Content, Draft, Tree, quote, regular
+from osbuild.tree import Content, Draft, Tree, quote, regular, without_sockets
 from osbuild.view import lookup, read_at
 from osbuild.wishes import DEFAULT_POLICY, POLICIES
-from osbuild.workspace import locked, make_room, put_in_place
+from osbuild.workspace import locked, put_in_place, room_for
 
 _NANO: Final = 1_000_000_000
 _SUMMARY_MAX: Final = 4 << 20
+_SOME_DIGEST: Final = "00" * 32
 _WORDS: Final = "give those that it was made with: --align, --size, --free, --writable"
 _BUILD_AGAIN: Final = "build it again with --agent"
 
@@ -54,9 +58,8 @@ class Swapped:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        about = {"path": str(self.image.file.path), "size": self.image.file.size, "sha256": self.image.file.sha256}
         words = {"words": list(self.image.words), **manifest.about_disk(self.image)}
-        return about | {"before": self.before, "agent": self.agent} | words
+        return self.image.file.to_dict() | {"before": self.before, "agent": self.agent} | words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,22 +87,26 @@ def swap(path: Path, source: str, cache: Cache, *, out: Path | None = None, disk
     home = path.absolute().parent
     if out is not None or not _is_build(path):
         known = _open(path, disk)
-        rootfs = _proved(known, _with_agent(known, find_agent(source, known.arch, cache)))
+        rootfs = _with_agent(known, find_agent(source, known.arch, cache))
         image = _write(known, rootfs, (out or path).absolute())
         return Swapped(image=image, before=known.agent, agent=rootfs.agent)
-    with locked(home):
+    with locked(home), room_for(home) as new:
         document, lock = manifest.load(home)
         known = _open(path, disk)
-        rootfs = _proved(known, _with_agent(known, find_agent(source, known.arch, cache)))
-        new = make_room(home)
+        rootfs = _with_agent(known, find_agent(source, known.arch, cache))
         roots: dict[str, DiskImage | Initrd] = {"image": _write(known, rootfs, new / path.name)}
         name = manifest.NAMES["initrd"]
         if name in document["outputs"]:
+            from osbuild.initrd import build_initrd
+
             compress = str(document["outputs"][name]["compression"])
             roots["initrd"] = build_initrd(rootfs, new / name, compress=compress)
         put_in_place(home)
         moved = {name: _moved(root, home) for name, root in roots.items()}
-        manifest.save(home, *manifest.with_agent(document, lock, rootfs, moved))
+        from osbuild import records  # an image alone has none
+
+        given = source if source in AGENTS else str(Path(source).absolute())
+        records.change_agent(home, *manifest.with_agent(document, lock, rootfs, moved, given))
     made, packed = moved["image"], moved.get("initrd")
     assert isinstance(made, DiskImage)
     assert packed is None or isinstance(packed, Initrd)
@@ -148,9 +155,18 @@ def _understand(path: Path, disk: DiskSpec) -> _Known:
         raise InputError(f"{where} is damaged: {broken[0]}", hint="osbuilder inspect says all of it")
     tree = filesystem.volume.tree
     agent, service, epoch = _summary(tree, where)
+    hashed = any(part.kind == "hash tree" for part in layout.partitions)
+    for wish, wanted, there in (
+        ("--fs", disk.filesystem not in (DiskSpec().filesystem, filesystem.partition.kind), filesystem.partition.kind),
+        ("--verity", disk.verity and not hashed, "without a hash tree"),
+        ("--no-dax-header", not disk.header and layout.pfn is not None, "with the header"),
+        ("--format", disk.format != "raw", "raw"),
+    ):
+        if wanted:
+            raise SpecError(f"{wish}: {where} is {there}, and a swap changes nothing but the agent", hint=_BUILD_AGAIN)
     disk = dataclasses.replace(
         disk, filesystem=filesystem.partition.kind, header=layout.pfn is not None, format="raw",
-        verity=any(part.kind == "hash tree" for part in layout.partitions),
+        verity=hashed,
     )  # fmt: skip
     return _Known(
         subject=subject, filesystem=filesystem, disk=disk, tree=tree, agent=agent, service=service,
@@ -203,17 +219,18 @@ def _prove(known: _Known, plan: Plan) -> None:
             hint=_WORDS,
         )
     if tree is not None:
-        _prove_hashes(known, plan, tree.start)
+        _prove_hashes(known, tree.start)
 
 
-def _prove_hashes(known: _Known, plan: Plan, tree: int) -> None:
+def _prove_hashes(known: _Known, tree: int) -> None:
     """InputError unless the hash tree has this salt, agrees with itself, and has the root hash of manifest.json.
 
-    Nothing of it is used, for another UUID makes another salt; but whoever changed it may have changed more.
+    With that root hash it is the tree of the proved data, and the digests of what stays are taken from it. Without,
+    somebody may have made another for data that is not there, which a new root hash would vouch for: see `_digests`.
     """
     backing, data = known.subject.backing, known.filesystem.partition
     where = quote(str(known.subject.path))
-    salt = known.disk.salt or verity.default_salt(plan.uuid)
+    salt = known.disk.salt or verity.DEFAULT_SALT
     level = verity.first_level(data.size)
     if level is None:
         return
@@ -251,10 +268,13 @@ def _with_agent(known: _Known, agent: Agent) -> Rootfs:
     tree = draft.tree()
     found = problems(tree, INIT, known.arch, systemd=known.service)
     if found:
-        raise InputError("the image would not boot with it: " + " ".join(one.text for one in found), hint=found[0].hint)
+        raise InputError(
+            "the image would not boot with it: " + "; ".join(one.text for one in found), hint=found[0].hint
+        )
     words = WORDS if known.service else init_words(agent, service=False)
     return Rootfs(
-        tree=tree, init=INIT, epoch=known.epoch, agent=str(agent), agent_sha256=agent.sha256, words=words
+        tree=tree, init=INIT, epoch=known.epoch, agent=str(agent), agent_sha256=agent.sha256,
+        agent_inputs=agent.inputs, words=words,
     )  # fmt: skip
 
 
@@ -268,8 +288,8 @@ def _put_service(draft: Draft, agent: Agent, now: int) -> None:
         draft.put(f"{units}/{name}", regular(text.encode(), mtime_ns=now))
 
 
-def _proved(known: _Known, rootfs: Rootfs) -> Rootfs:
-    """The same, once the old image is proved: every byte of both trees is hashed, those that they share once."""
+def _proved(known: _Known, rootfs: Rootfs, foreseen: Plan | None) -> Plan:
+    """The new plan, once the old image is proved: every byte of both trees is hashed, those that they share once."""
     contents: dict[Content, bytes] = {}
     for tree in (known.tree, rootfs.tree):  # which share nearly all of them
         tree.digest(contents)
@@ -279,24 +299,75 @@ def _proved(known: _Known, rootfs: Rootfs) -> Rootfs:
         raise InputError(
             f"{quote(str(known.subject.path))} was made with other options: {problem}", hint=_WORDS
         ) from None
-    return rootfs
+    if isinstance(foreseen, Foreseen):
+        return foreseen.with_digest(without_sockets(rootfs.tree).digest(contents))
+    return _plan(known, rootfs.tree)
 
 
-def _plan(known: _Known, tree: Tree) -> Plan:
+def _plan(known: _Known, tree: Tree, digest: str = "") -> Plan:
     disk = known.disk
     return FILESYSTEMS[disk.filesystem].plan(
-        tree, start=FILESYSTEM_START, epoch=known.epoch, dax=disk.header, room=disk.room
+        tree, start=FILESYSTEM_START, epoch=known.epoch, dax=disk.header, room=disk.room, digest=digest
     )
 
 
+def _foreseen(known: _Known, tree: Tree) -> Plan | None:
+    """The new image's plan but for its digest: the old one need not be proved to know where contents will lie."""
+    try:
+        return _plan(known, tree, digest=_SOME_DIGEST)
+    except OsbuilderError:  # it cannot be, or the old image is not what it was said to be: the proof comes first
+        return None
+
+
+def _contents(foreseen: Plan | None) -> Iterable[tuple[int, Content]]:
+    """Where the new image's contents will lie, nearly always."""
+    return foreseen.contents if foreseen is not None else ()
+
+
+def _digests(known: _Known, plan: Plan) -> verity.Known:
+    """Where the old hash tree has the digests of blocks that the new image has, too: of whole blocks of contents.
+
+    Nothing of a tree whose root hash nobody knows is believed: all of the new image is hashed then.
+    """
+    layout, data = known.subject.layout, known.filesystem.partition
+    tree = next((part for part in layout.partitions if part.kind == "hash tree"), None) if layout else None
+    level = verity.first_level(data.size)
+    if tree is None or level is None or not known.root_hash:
+        return verity.NONE
+    runs: list[tuple[int, int, int]] = []
+    for at, content in plan.contents:
+        backing, pieces = pieces_of(content)
+        if not isinstance(backing, Borrowed) or backing.mark != known.subject.backing.mark:  # the agent itself
+            continue
+        for begin, source, size in pieces:
+            here, there, whole = at + begin, source - data.start, size - size % verity.BLOCK
+            if not whole or here % verity.BLOCK or there % verity.BLOCK:
+                continue
+            digests = tree.start + level + there // verity.BLOCK * verity.DIGEST
+            if runs and _follows(runs[-1], here, digests):
+                start, before, first = runs.pop()
+                here, whole, digests = start, before + whole, first
+            runs.append((here, whole, digests))
+    return verity.Known(known.subject.backing.descriptor, runs)
+
+
+def _follows(run: tuple[int, int, int], here: int, digests: int) -> bool:
+    start, size, first = run
+    return start + size == here and first + size // verity.BLOCK * verity.DIGEST == digests
+
+
 def _write(known: _Known, rootfs: Rootfs, out: Path) -> DiskImage:
-    """The image of the new tree."""
+    """The image of the new tree; its contents go to the disk while the old image is being proved."""
     disk = known.disk
-    return build_nvdimm_image(
-        FILESYSTEMS[disk.filesystem], _plan(known, rootfs.tree), out, name=disk.filesystem, align=disk.align,
-        total=disk.size, header=disk.header, hashed=disk.verity, salt=disk.salt, writable=disk.writable,
-        words=rootfs.words, needs=known.subject.backing.size,
-    )  # fmt: skip
+    foreseen = _foreseen(known, rootfs.tree)
+    offset = data_start(header=disk.header)
+    with beginning(out, needs=known.subject.backing.size, offset=offset, contents=_contents(foreseen)) as begun:
+        plan = _proved(known, rootfs, foreseen)
+        return build_nvdimm_image(
+            FILESYSTEMS[disk.filesystem], plan, out, name=disk.filesystem, align=disk.align, total=disk.size,
+            header=disk.header, hashed=disk.verity, salt=disk.salt, writable=disk.writable, words=rootfs.words,
+            begun=begun, known=_digests(known, plan),
+        )  # fmt: skip
 
 
 def _moved(root: DiskImage | Initrd, home: Path) -> DiskImage | Initrd:

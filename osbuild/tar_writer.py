@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from typing import Final
 
 from osbuild.errors import InputError
-from osbuild.tree import Entry, Tree, quote
+from osbuild.tree import Entry, Tree, directory, quote
 
 _BLOCK: Final = 512
 _NAME: Final = 100  # bytes
 _ID_MAX: Final = (1 << 21) - 1  # seven octal digits
 _SIZE_MAX: Final = (1 << 33) - 1  # eleven
 _HARD_LINK: Final = b"1"
+_IMPLIED: Final = directory()
 _KINDS: Final = {
     stat.S_IFREG: b"0", stat.S_IFLNK: b"2", stat.S_IFCHR: b"3", stat.S_IFBLK: b"4", stat.S_IFDIR: b"5",
     stat.S_IFIFO: b"6",
@@ -27,10 +28,14 @@ _KINDS: Final = {
 
 
 def archive(tree: Tree) -> Iterator[bytes]:
-    """The archive in pieces. Of an inode with several paths the first has the bytes, the others are links to it."""
+    """The archive in pieces. Of an inode with several paths the first has the bytes, the others are links to it.
+
+    A directory that exists only because something lies in it has no member: it had none, and no time to put there.
+    """
     first: dict[Entry, str] = {}
+    implied = _implied(tree)
     for path, entry in tree.items():
-        if stat.S_ISSOCK(entry.mode):
+        if stat.S_ISSOCK(entry.mode) or path in implied:
             continue
         original = first.setdefault(entry, path)
         if original != path:
@@ -42,6 +47,22 @@ def archive(tree: Tree) -> Iterator[bytes]:
             yield from entry.content.chunks()
             yield bytes(-entry.content.size % _BLOCK)
     yield bytes(2 * _BLOCK)
+
+
+def _implied(tree: Tree) -> set[str]:
+    """Directories that a reader makes just so when he finds what lies in them."""
+    found = {path for path, entry in tree.items() if entry.mtime_ns is None and _is_plain(entry)}
+    if found:
+        found &= {_above(path) for path, entry in tree.items() if path != "/" and not stat.S_ISSOCK(entry.mode)}
+    return found
+
+
+def _is_plain(entry: Entry) -> bool:
+    return (entry.mode, entry.uid, entry.gid, len(entry.xattrs)) == (_IMPLIED.mode, _IMPLIED.uid, _IMPLIED.gid, 0)
+
+
+def _above(path: str) -> str:
+    return path.rpartition("/")[0] or "/"
 
 
 def _headers(path: str, entry: Entry, kind: bytes, link: bytes, size: int) -> bytes:

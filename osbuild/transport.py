@@ -39,7 +39,6 @@ _CHUNK: Final = 256 << 10
 _PROGRESS: Final = 1 << 20  # bytes after which a failure is the first again
 _TRIES_UNMET: Final = 2  # of a host that nobody has met: waiting makes no name known, and starts no server here
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]+(?::[0-9]*)?|\[[0-9A-Fa-f:.%A-Za-z0-9_-]+\](?::[0-9]*)?")
-_OTHER_WAYS: Final = "--mirror HOST=MIRROR, --offline, or an image as oci: or docker-archive:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +70,10 @@ class TransientError(Exception):
 class Web:
     """One run's connections: every socket is opened here, and all of them end with `stop`."""
 
-    def __init__(self, spec: RegistrySpec, patience: Patience) -> None:
+    def __init__(self, spec: RegistrySpec, patience: Patience, *, else_: str = "") -> None:
+        """else_: what else can be done, for hints, where nobody answers."""
         self.patience = patience
+        self._else = else_
         self._spec = spec
         self._end = time.monotonic() + spec.seconds
         self._stopped = threading.Event()
@@ -143,7 +144,7 @@ class Web:
                 raise InputError(f"{home.netloc} sends us to {quote(host)}, an address that is no business of its own")
 
     def _follow(self, here: SplitResult, location: str, home: SplitResult) -> SplitResult:
-        there = parse_url(urljoin(here.geturl(), location), f"where {here.netloc} redirects to")
+        there = resolve(here, location, f"where {here.netloc} redirects to")
         if here.scheme == "https" and there.scheme == "http":
             raise InputError(f"{here.netloc} redirects from https to plain HTTP at {there.netloc}")
         self.check_destination(there, home, f"where {here.netloc} redirects to")
@@ -159,7 +160,7 @@ class Web:
                 retries=False, preload_content=False, decode_content=False, timeout=urllib3.Timeout(seconds),
             )  # fmt: skip
         except trouble.HTTPError as problem:
-            raise _explained(problem, url.netloc, met=url.netloc in self._met) from None
+            raise _explained(problem, url.netloc, met=url.netloc in self._met, else_=self._else) from None
         with self._lock:
             self._open.add(response)
             self._met.add(url.netloc)
@@ -287,6 +288,15 @@ def parse_url(text: str, what: str) -> SplitResult:
     return parts
 
 
+def resolve(here: SplitResult, location: str, what: str) -> SplitResult:
+    """The same for what a registry gives, which may be an address relative to where it was asked."""
+    try:
+        whole = urljoin(here.geturl(), location)
+    except ValueError:  # it takes addresses apart, too
+        raise InputError(f"{what} is no address") from None
+    return parse_url(whole, what)
+
+
 def origin(url: SplitResult) -> tuple[str, str, int]:
     """What must be the same for one host to be told another's secrets (RFC 6454)."""
     return url.scheme, url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
@@ -355,10 +365,12 @@ def _trusted(netloc: str) -> ssl.SSLContext:
     return context
 
 
-def _explained(problem: trouble.HTTPError, host: str, *, met: bool = True) -> TransientError | HostError:
+def _explained(
+    problem: trouble.HTTPError, host: str, *, met: bool = True, else_: str = ""
+) -> TransientError | HostError:  # fmt: skip
     """What happened, without any of the address: what stands behind a `?` may be a secret.
 
-    `met`: the host has answered before.
+    `met`: the host has answered before. `else_`: what can be done else.
     """
     cause = problem.__cause__
     if isinstance(problem, trouble.SSLError) and isinstance(problem.args[0], ssl.SSLCertVerificationError):
@@ -368,14 +380,14 @@ def _explained(problem: trouble.HTTPError, host: str, *, met: bool = True) -> Tr
         )
     if isinstance(problem, trouble.NameResolutionError):
         unknown = isinstance(cause, socket.gaierror) and cause.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
-        hint = f"is it spelled right, and is there a network? {_OTHER_WAYS}"
+        hint = f"is it spelled right, and is there a network? {else_}".rstrip()
         return TransientError(f"{host}: {_reason(problem)}", unmet=unknown and not met, hint=hint)
     if isinstance(problem, trouble.NewConnectionError) and isinstance(cause, ConnectionRefusedError):
         here = is_loopback(_hostname(host))
         return TransientError(
-            f"{host} refuses connections", unmet=here and not met, hint=f"is it running? {_OTHER_WAYS}"
+            f"{host} refuses connections", unmet=here and not met, hint=f"is it running? {else_}".rstrip()
         )
-    hint = f"is there a network? {_OTHER_WAYS}" if isinstance(problem, trouble.NewConnectionError) else ""
+    hint = f"is there a network? {else_}".rstrip() if isinstance(problem, trouble.NewConnectionError) else ""
     return TransientError(f"{host}: {_reason(problem)}", hint=hint)
 
 

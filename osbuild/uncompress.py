@@ -132,6 +132,11 @@ def _unzstd(chunks: Iterable[bytes], where: str, limits: Limits) -> Iterator[tup
                 if frame.eof and not data:
                     break
     except zstd.ZstdError as problem:
+        if zstd.wants_memory(problem):
+            raise InputError(
+                f"{where}: to read this zstd stream takes a window of more than 2^{limits.zstd_window_log} bytes",
+                hint=more("zstd_window_log"),
+            ) from None
         what = "what follows a zstd frame is none" if frames > 1 else "damaged zstd data"
         raise InputError(f"{where}: {what}: {problem}") from None
     if not frame.eof:

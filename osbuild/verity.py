@@ -12,12 +12,14 @@ Source: Documentation/admin-guide/device-mapper/verity.rst of the kernel.
 
 from __future__ import annotations
 
+import bisect
 import errno
 import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from osbuild.errors import InputError, SpecError
@@ -26,15 +28,43 @@ from osbuild.tree import quote, write_all
 BLOCK: Final = 4096  # of the data, and of the tree
 DIGEST: Final = 32
 SALT_MAX: Final = 256  # bytes; veritysetup takes no more
+# When none is asked for: the same for all images, so that a block has one digest wherever it lies. What a change leaves
+# as it was need not be hashed again, and is in a registry already; the digests' strength does not rest on the salt.
+DEFAULT_SALT: Final = hashlib.sha256(b"osbuilder dm-verity salt").digest()
 _PER_BLOCK: Final = BLOCK // DIGEST
 _BATCH: Final = 256 * BLOCK  # bytes at a time: a mebibyte, whose digests fill two blocks
 
 
-def hash_tree(descriptor: int, offset: int, size: int, salt: bytes, target: int, target_offset: int) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Digests of blocks, salted alike, that stand in another tree already."""
+
+    descriptor: int  # of the file that has them
+    runs: Sequence[tuple[int, int, int]]  # offset and bytes in the data that is hashed, whole blocks, in order, apart;
+    #                                       where in that file the first digest lies
+
+    def within(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """What of them is about these bytes of the data, whole blocks."""
+        first = bisect.bisect_right(self.runs, start, key=lambda run: run[0])
+        for number in range(max(first - 1, 0), len(self.runs)):
+            offset, size, at = self.runs[number]
+            if offset >= end:
+                return
+            here, last = max(offset, start), min(offset + size, end)
+            if here < last:
+                yield here, last - here, at + (here - offset) // BLOCK * DIGEST
+
+
+NONE: Final = Known(-1, ())
+
+
+def hash_tree(
+    descriptor: int, offset: int, size: int, salt: bytes, target: int, target_offset: int, known: Known = NONE
+) -> bytes:
     """Hash `size` bytes at `offset` of an open file, write the tree at `target_offset` of another, give the root hash.
 
     Both may be the same file, which reads as zeros where the tree goes. Memory does not grow with the size; holes are
-    not read.
+    not read, nor are blocks whose digests are known.
     """
     if size <= 0 or size % BLOCK:
         raise InputError(f"{size} bytes cannot be hashed for dm-verity: it takes blocks of {BLOCK} bytes")
@@ -43,10 +73,10 @@ def hash_tree(descriptor: int, offset: int, size: int, salt: bytes, target: int,
         return hashlib.sha256(salt + os.pread(descriptor, BLOCK, offset)).digest()
     for at, blocks in levels:
         written = target_offset + at
-        for digests in _digests(descriptor, offset, size, salt):
+        for digests in _digests(descriptor, offset, size, salt, known):
             write_all(target, digests, written)
             written += len(digests)
-        descriptor, offset, size = target, target_offset + at, blocks * BLOCK
+        descriptor, offset, size, known = target, target_offset + at, blocks * BLOCK, NONE
     return hashlib.sha256(salt + os.pread(target, BLOCK, target_offset)).digest()
 
 
@@ -80,11 +110,6 @@ def block_digest(salt: bytes, block: bytes) -> bytes:
     return hashlib.sha256(salt + block).digest()
 
 
-def default_salt(uuid: str) -> bytes:
-    """The salt when none is asked for: from the filesystem's UUID, so from its content, and readable in the image."""
-    return hashlib.sha256(b"osbuilder dm-verity salt " + uuid.encode()).digest()
-
-
 def parse_salt(text: str) -> bytes:
     """The bytes of a salt in hex."""
     if not re.fullmatch(r"([0-9A-Fa-f]{2})+", text) or len(text) > 2 * SALT_MAX:
@@ -102,19 +127,33 @@ def _levels(size: int) -> list[tuple[int, int]]:
     return [(sum(counts[number + 1 :]) * BLOCK, count) for number, count in enumerate(counts)]
 
 
-def _digests(descriptor: int, offset: int, size: int, salt: bytes) -> Iterator[bytes]:
+def _digests(descriptor: int, offset: int, size: int, salt: bytes, known: Known = NONE) -> Iterator[bytes]:
     """The digests of all blocks, in whole blocks."""
     hole = block_digest(salt, bytes(BLOCK))
-    for start in range(offset, offset + size, _BATCH):
-        length = min(_BATCH, offset + size - start)
-        if _is_hole(descriptor, start, length):
-            digests = hole * (length // BLOCK)
-        else:
-            data = os.pread(descriptor, length, start)
-            if len(data) != length:
-                raise InputError(f"a file became shorter while it was hashed: {length - len(data)} bytes are missing")
-            digests = b"".join(_each(salt, data))
+    for start in range(0, size, _BATCH):
+        end = min(start + _BATCH, size)
+        parts, at = [], start
+        for begin, length, there in (*known.within(start, end), (end, 0, 0)):
+            if begin > at:
+                parts.append(_hashed(descriptor, offset + at, begin - at, salt, hole))
+            if length:
+                parts.append(_read(known.descriptor, there, length // BLOCK * DIGEST))
+            at = begin + length
+        digests = b"".join(parts)
         yield digests + bytes(-len(digests) % BLOCK)
+
+
+def _hashed(descriptor: int, start: int, length: int, salt: bytes, hole: bytes) -> bytes:
+    if _is_hole(descriptor, start, length):
+        return hole * (length // BLOCK)
+    return b"".join(_each(salt, _read(descriptor, start, length)))
+
+
+def _read(descriptor: int, start: int, length: int) -> bytes:
+    data = os.pread(descriptor, length, start)
+    if len(data) != length:
+        raise InputError(f"a file became shorter while it was hashed: {length - len(data)} bytes are missing")
+    return data
 
 
 def _each(salt: bytes, data: bytes) -> Iterator[bytes]:

@@ -1,23 +1,28 @@
 """Reads a guest's console while it grows: what happens when, the agent's log lines, and a panic as it happens.
 
-A VMM that outlives its guest's panic, or whose guest writes without end, is ended here: the agent's channel then
-closes, and whoever waits for an answer need not wait for the deadline.
+A VMM that outlives its guest's panic, or whose guest writes without end or says that no agent will answer any more, is
+ended here: the agent's channel then closes, and whoever waits for an answer need not wait for the deadline.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import select
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
-from osbuild import autopsy
+from osbuild import autopsy, causes
+from osbuild.last_words import STAMP, TIME
+from osbuild.output import free_blocks
 from osbuild.report import Event, printable, tail
 from osbuild.runtime.base import Guest
 
@@ -25,18 +30,25 @@ CONSOLE_LIMIT: Final = 64 << 20  # bytes; a guest that writes more is ended befo
 
 _POLL_SECONDS: Final = 0.005
 _PANIC_GRACE_SECONDS: Final = 0.3  # for the trace that follows the line, when the VMM does not end by itself
+_DISK_POLL_SECONDS: Final = 0.1
+_LISTEN_SECONDS: Final = 5.0  # after an agent's start: its port's driver is there by then, or never
 _LOG_BYTES: Final = 64 * 1024
 
 OnEvent = Callable[[Event], None]
 
 
+def _said(words: str) -> re.Pattern[bytes]:
+    """By the kernel, with its time."""
+    return re.compile(f"^{STAMP}{words}".encode())
+
+
 _SIGHTS: Final[Mapping[str, re.Pattern[bytes]]] = {
-    "kernel": re.compile(rb"^\[ *(?P<guest>\d+\.\d{6})\] "),
-    "init": re.compile(rb"^\[ *(?P<guest>\d+\.\d{6})\] Run \S+ as init process"),
-    "panic": re.compile(rb"^(?:\[ *(?P<guest>\d+\.\d{6})\] )?Kernel panic - not syncing"),
+    "kernel": _said(""),
+    "init": _said(r"Run \S+ as init process"),
+    "panic": re.compile(f"^(?:{STAMP})?Kernel panic - not syncing".encode()),
     # Machines without ACPI cannot be switched off by a guest, only halted.
-    "leaving": re.compile(rb"^\[ *(?P<guest>\d+\.\d{6})\] reboot: (?:Power down|Restarting system|machine restart)"),
-    "halted": re.compile(rb"^\[ *(?P<guest>\d+\.\d{6})\] reboot: (?:Power off not available: )?System halted"),
+    "leaving": _said("reboot: (?:Power down|Restarting system|machine restart)"),
+    "halted": _said("reboot: (?:Power off not available: )?System halted"),
 }
 
 
@@ -61,6 +73,8 @@ class Watcher:
         self._log = AgentLog()
         self._flooded = False
         self._stopped = False  # we ended the VMM
+        self._hopeless: float | None = None  # when that was seen
+        self._disk_seen = 0.0  # when what it wrote to its disk was measured
         self._stop = threading.Event()
         # Opened before anybody can reap it, so that it never means another process.
         self._process = os.pidfd_open(guest.process.pid)
@@ -123,6 +137,9 @@ class Watcher:
             answered=answered,
             stopped=self._stopped or status is None,
             flooded=self._flooded,
+            given_up="given up" in self._events,
+            full=_is_full(self._guest.console),
+            transport=self._guest.channel.name,
         )
 
     def _ended(self, seconds: float) -> bool:
@@ -149,15 +166,17 @@ class Watcher:
                     return
                 # One more round of reading after the end.
                 last = self._stop.is_set() or self._ended(_POLL_SECONDS)
-                panic = self._events.get("panic")
-                if panic and time.monotonic() - self._guest.started - panic.seconds > _PANIC_GRACE_SECONDS:
-                    self._end_vmm()
+                self._end_what_is_over()
 
     def _see(self, lines: list[bytes]) -> None:
         for line in lines:
             for name, pattern in _SIGHTS.items():
                 if name not in self._events and (match := pattern.search(line)):
+                    if name == "panic" and not match["guest"] and "kernel" in self._events:
+                        continue  # the kernel writes its time: somebody quotes a panic
                     self.record(name, guest=float(match["guest"]) if match["guest"] else None)
+            if self._hopeless is None and causes.HOPELESS.search(line):
+                self._hopeless = time.monotonic()
             found = self._log.feed(line)
             if found is None:
                 continue
@@ -165,6 +184,37 @@ class Watcher:
                 self._changed.notify_all()
             if found.get("msg") == "agent started":
                 self.record("agent started", guest=_number(found.get("uptime_seconds")))
+
+    def _end_what_is_over(self) -> None:
+        now = time.monotonic()
+        if self._guest.disk_limit and now - self._disk_seen > _DISK_POLL_SECONDS:
+            self._disk_seen = now
+            self._end_at_limit()
+        panic = self._events.get("panic")
+        if panic and now - self._guest.started - panic.seconds > _PANIC_GRACE_SECONDS:
+            self._end_vmm()
+        elif self._is_hopeless(now) and not {"agent answered", "panic"} & self._events.keys():
+            self.record("given up")
+            self._end_vmm()
+
+    def _end_at_limit(self) -> None:
+        """By the signal that such a limit ends a program with; QEMU's threads have it blocked, and see an error."""
+        written, limit = _written(self._guest.process.pid), self._guest.disk_limit
+        if written < limit or self._ended(0.0):
+            return
+        with contextlib.suppress(OSError), self._guest.log.open("a") as log:
+            log.write(f"{causes.BOUND} {written >> 20} MiB to its disk: more than {limit >> 20} MiB\n")
+        signal.pidfd_send_signal(self._process, signal.SIGXFSZ)
+
+    def _is_hopeless(self, now: float) -> bool:
+        """The console said so; or the agent started long ago, and listens, but not where we ask."""
+        if self._hopeless is not None:
+            return now - self._hopeless > _PANIC_GRACE_SECONDS
+        started = self._events.get("agent started")
+        if started is None or now - self._guest.started - started.seconds < _LISTEN_SECONDS:
+            return False
+        said = self._log.addresses or "no vsock" in self._log.messages
+        return bool(said) and not autopsy.listens(self._log.addresses, self._guest.channel.name)
 
     def _end_vmm(self) -> None:
         if not self._ended(0.0):
@@ -195,11 +245,12 @@ class AgentLog:
     taken out, and the next line is the rest of the torn one.
     """
 
-    _KERNEL: Final = re.compile(rb"\[ *\d+\.\d{6}\] .*$")
+    _KERNEL: Final = re.compile(f"{TIME}.*$".encode())
     _MOST: Final = 64  # messages kept; a guest may invent any number
 
     def __init__(self) -> None:
         self.messages: dict[str, Mapping[str, Any]] = {}  # Any: JSON
+        self.addresses: set[str] = set()  # where it listens
         self._torn = b""
 
     def feed(self, line: bytes) -> Mapping[str, Any] | None:
@@ -218,6 +269,8 @@ class AgentLog:
             return None
         if len(self.messages) < self._MOST:
             self.messages.setdefault(str(fields["msg"]), fields)
+        if fields["msg"] == "listening" and len(self.addresses) < self._MOST:
+            self.addresses.add(str(fields.get("address")))
         return fields
 
 
@@ -227,6 +280,34 @@ def _parse(text: bytes) -> Mapping[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return fields if isinstance(fields, dict) else None
+
+
+def _written(process: int) -> int:
+    """Bytes on this host's disk of what its guest has written to a disk of its own: a file of the VMM's, and no name.
+
+    Guest memory that is shared has no name either, and is no file on a disk.
+    """
+    total = 0
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(f"/proc/{process}/fd"):
+            with contextlib.suppress(OSError):
+                found = entry.stat()
+                if (
+                    stat.S_ISREG(found.st_mode)
+                    and not found.st_nlink
+                    and "memfd:" not in str(Path(entry.path).readlink())
+                ):
+                    total += found.st_blocks * 512
+    return total
+
+
+def _is_full(console: Path) -> bool:
+    """The filesystem that a console is written to has no room: what the guest said last is not in it."""
+    try:
+        found = os.statvfs(console)
+    except OSError:
+        return False
+    return free_blocks(found) == 0 and found.f_blocks > 0
 
 
 def _number(value: object) -> float | None:

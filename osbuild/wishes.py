@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from osbuild.errors import InputError
+from osbuild.agents import BUILTIN
+from osbuild.errors import InputError, SpecError
 from osbuild.host_files import read_host
 from osbuild.rules import Outcome, Setting, applied, idle
+from osbuild.spec import RootfsSpec
 from osbuild.tree import Draft, Entry, Spool, Tree, quote, regular, symlink
 from osbuild.view import lookup
 
@@ -100,6 +102,15 @@ def agent_policy(draft: Draft, setting: Setting) -> Outcome:
     if name != DEFAULT_POLICY:
         draft.put(f"{POLICIES}/{DEFAULT_POLICY}", symlink(name, mtime_ns=setting.now))
     return applied(name, {"policy": f"sha256:{hashlib.sha256(text).hexdigest()}"})
+
+
+def check_policy(wishes: RootfsSpec) -> None:
+    """SpecError for a policy that nobody would obey."""
+    if wishes.policy is not None and wishes.agent == BUILTIN:
+        raise SpecError(
+            "the built-in agent obeys no policy, and a guest would only look as if it did",
+            hint="--agent FILE, a kata-agent with a policy engine; or leave --policy out",
+        )
 
 
 def lay(draft: Draft, found: Iterable[tuple[str, Entry]], target: str) -> str:

@@ -1,14 +1,15 @@
 """What an image would have run as a container, kept in the guest for its agent to start.
 
     Config.Entrypoint + Config.Cmd      process.args
-    Config.Env                          process.env, and a PATH where it has none
+    Config.Env                          process.env: of a name's values the last, and a PATH where it has none
     Config.WorkingDir                   process.cwd
     Config.User                         process.user: numbers, looked up in the image's /etc/passwd and /etc/group
     Config.StopSignal, ExposedPorts …   annotations org.opencontainers.image.*; Config.Labels win over them
     Config.Volumes                      annotation osbuilder.volumes: what backs a volume is the agent's to decide
 
 Sources: image-spec v1.1 conversion.md and config.md, runtime-spec v1.0.2 config.md; containerd and Docker for numeric
-users, whom conversion.md leaves without groups and config.md does not.
+users, whom conversion.md leaves without groups and config.md does not, and for the user's own group among the
+supplementary ones: without it a program could leave it, and with it what is forbidden to it (CVE-2022-36109).
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def workload(config: ImageConfig, draft: Draft) -> Workload | None:
     """What the image would run; None when it names no program. InputError for a user that the image does not have."""
     image = _mapping(config.document.get("config"), "config")
     args = (*_strings(image, "Entrypoint"), *_strings(image, "Cmd"))
-    env, cwd, user = _strings(image, "Env"), _text(image, "WorkingDir"), _text(image, "User")
+    env, cwd, user = _environment(_strings(image, "Env")), _text(image, "WorkingDir"), _text(image, "User")
     annotations = _annotations(config.document, image)
     if not args:  # what is of the wrong kind was refused all the same
         return None
@@ -104,9 +105,16 @@ def find_user(text: str, draft: Draft) -> User:
     uid, gid, login = _passwd(draft, name, text)
     groups = list(_groups(draft))
     if group:
-        return User(uid=uid, gid=_group(groups, group, text))
-    also = {number for _, number, members in groups if login in members} - {gid}
+        gid = _group(groups, group, text)
+        return User(uid=uid, gid=gid, additional_gids=(gid,))
+    also = {gid} | {number for _, number, members in groups if login in members}
     return User(uid=uid, gid=gid, additional_gids=tuple(sorted(also)))
+
+
+def _environment(words: tuple[str, ...]) -> tuple[str, ...]:
+    """What has no value is none: Docker leaves it out, and runc does not start what has it."""
+    values = {name: value for name, equals, value in (word.partition("=") for word in words) if name and equals}
+    return tuple(f"{name}={value}" for name, value in values.items())
 
 
 def _passwd(draft: Draft, name: str, text: str) -> tuple[int, int, str]:

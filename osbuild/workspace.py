@@ -17,12 +17,12 @@ from typing import Final
 
 from osbuild.artifacts import File
 from osbuild.errors import BuildError, HostError, SpecError
-from osbuild.manifest import LOCK, MANIFEST, NAMES
+from osbuild.manifest import LOCK, MANIFEST, NAMES, PROVENANCE, SBOM
 from osbuild.output import sync, write_whole, writing
 from osbuild.tree import copy_range, quote
 
 MARK: Final = ".osbuilder"  # made before the first output, so that what a killed build left is known for what it is
-_FILES: Final = frozenset((*NAMES.values(), "vmlinux", "vmlinuz", "config", MANIFEST, LOCK, MARK))
+_FILES: Final = frozenset((*NAMES.values(), "vmlinux", "vmlinuz", "config", MANIFEST, LOCK, SBOM, PROVENANCE, MARK))
 _NEW: Final = ".new"
 _DIRECTORIES: Final = frozenset(("smoke", _NEW))
 
@@ -30,6 +30,15 @@ _DIRECTORIES: Final = frozenset(("smoke", _NEW))
 @contextlib.contextmanager
 def workspace(out: Path) -> Iterator[Path]:
     """The output directory, locked; refused when it holds anything that no build of ours put there."""
+    with directory(out), locked(out, hint="name another directory with -o"):
+        refuse_what_is_not_ours(out)
+        with _marked(out):
+            yield out.absolute()
+
+
+@contextlib.contextmanager
+def directory(out: Path) -> Iterator[None]:
+    """A directory named with -o, made if there is none; afterwards it goes again if nothing came of it."""
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -38,14 +47,11 @@ def workspace(out: Path) -> Iterator[Path]:
     except OSError as problem:
         raise HostError(f"cannot make {quote(str(out))}: {problem.strerror}", hint="name another with -o") from problem
     try:
-        with locked(out, hint="name another directory with -o"):
-            _refuse_what_is_not_ours(out)
-            with _marked(out):
-                yield out.absolute()
+        yield
     finally:
         if made:
             with contextlib.suppress(OSError):
-                out.rmdir()  # if nothing came of it
+                out.rmdir()
 
 
 @contextlib.contextmanager
@@ -85,6 +91,15 @@ def make_room(out: Path) -> Path:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     return new
+
+
+@contextlib.contextmanager
+def room_for(out: Path) -> Iterator[Path]:
+    """The same for as long as the block lasts."""
+    try:
+        yield make_room(out)
+    finally:
+        shutil.rmtree(out / _NEW, ignore_errors=True)
 
 
 def replace_outputs(out: Path) -> None:
@@ -129,7 +144,8 @@ def copy_file(file: File, out: Path) -> File:
     return copied
 
 
-def _refuse_what_is_not_ours(out: Path) -> None:
+def refuse_what_is_not_ours(out: Path) -> None:
+    """SpecError when a directory holds anything that no build of ours put there."""
     names = sorted(os.listdir(out))
     known = {MARK, MANIFEST} & set(names)
     for name in names:

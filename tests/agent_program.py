@@ -10,7 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+import pytest
+
 import osbuild
+import osbuild.agent as agent_module
 from osbuild import command
 from osbuild.agent import NAME, install_init, read_agent
 from osbuild.artifacts import File, Rootfs
@@ -48,6 +51,18 @@ def compile_agent(*flags: str) -> Path:
 
     home, _ = default_cache().get("agent", key, make)
     return home / NAME
+
+
+def toy_agent(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """From now on the agent's sources are one file that compiles at once; returned is the file."""
+    home.mkdir()
+    source = home / "main.c"
+    source.write_text(
+        'static const char marker[] = "osbuilder-agent version=" AGENT_VERSION ";";\n'
+        "int main(int argc, char **argv) { return argv[argc - 1][0] == marker[argc]; }\n"
+    )
+    monkeypatch.setattr(agent_module, "resource", lambda name: home)
+    return source
 
 
 def busybox_root(agent: File) -> Rootfs:

@@ -21,7 +21,7 @@ import osbuild
 import osbuild.agent as agent_module
 from osbuild.agent import build_agent
 from osbuild.arch import X86_64
-from osbuild.cache import Cache
+from osbuild.cache import default_cache
 from osbuild.resources import resource
 
 COMMIT: Final = "0123456789abcdef0123456789abcdef01234567"
@@ -96,7 +96,7 @@ def foreign_agent(work: Path, version: str = FOREIGN) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agent_module, "resource", lambda name: elsewhere)
         patch.setattr(agent_module, "agent_version", lambda data: osbuild.__version__)
-        return build_agent(X86_64, Cache(root=work / "agent-cache")).path
+        return build_agent(X86_64, default_cache()).path
 
 
 @functools.cache

@@ -13,13 +13,16 @@ from typing import Final
 import pytest
 
 from osbuild.agent import INIT, install_init, read_agent
-from osbuild.arch import X86_64
+from osbuild.arch import X86_64, Arch
 from osbuild.artifacts import DiskImage, File, Initrd, Kernel, Rootfs
+from osbuild.cache import default_cache
+from osbuild.errors import HostError
 from osbuild.filesystem import ext4
 from osbuild.initrd import archive, build_initrd
+from osbuild.kernel import default_spec, find_kernel
 from osbuild.nvdimm_image import FILESYSTEM_START, build_nvdimm_image
 from osbuild.runtime import qemu
-from osbuild.tree import Draft, Tree, device, directory, regular
+from osbuild.tree import Draft, Tree, device, directory, regular, symlink
 
 DIRECTORIES: Final = ("proc", "sys", "dev", "run", "tmp", "etc", "sbin", "var")
 
@@ -35,6 +38,7 @@ void _start(void) {{ {body} call(60, 3, 0, 0); }}
 """
 BODIES: Final = {
     "exits": "",
+    "ends badly": 'call(1, 2, (long)"usage: none\\n", 12); call(60, 2, 0, 0);',
     "sleeps": "for (;;) call(34, 0, 0, 0);",
     "floods": 'for (;;) call(1, 1, (long)"\\033[2Jmore and more and more and more and more\\n", 44);',
     "says": 'call(1, 1, (long)"\\033]0;owned\\007hello \\033[31mred\\n", 24); for (;;) call(34, 0, 0, 0);',
@@ -49,6 +53,19 @@ def boot_kernel(kernel: Kernel) -> Kernel:
     if shutil.which(X86_64.qemu) is None:
         pytest.skip(f"{X86_64.qemu} is not installed")
     return kernel
+
+
+def other_kernel(arch: Arch = X86_64, *features: str) -> Kernel:
+    """A kernel besides the default one if it was built before: to compile one takes minutes, and a test does not."""
+    if shutil.which(arch.qemu) is None:
+        pytest.skip(f"{arch.qemu} is not installed: apt-get install {arch.qemu_package}")
+    try:
+        found = find_kernel(default_spec(arch, features=features), default_cache())
+    except HostError as problem:
+        pytest.skip(f"{problem}: {problem.hint}")
+    if found is None:
+        pytest.skip(f"no kernel for {arch.name}{''.join(f' with {name}' for name in features)} is built: make kernels")
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -135,5 +152,6 @@ def skeleton() -> Draft:
     draft = Draft()
     for name in DIRECTORIES:
         draft.put(f"/{name}", directory(mtime_ns=0))
+    draft.put("/var/run", symlink("/run"))  # where agents keep a sandbox's namespaces
     draft.put("/dev/console", device(stat.S_IFCHR, 0o600, 5, 1))
     return draft

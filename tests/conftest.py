@@ -5,13 +5,23 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from osbuild import command
 from osbuild.arch import X86_64
 from osbuild.artifacts import File, Initrd, Kernel
-from osbuild.cache import default_cache
+from osbuild.cache import Cache, default_cache
 from osbuild.errors import CommandError, HostError
+
+hypothesis.settings.register_profile("osbuilder", deadline=None)  # no test depends on how fast a machine is
+hypothesis.settings.load_profile("osbuilder")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    """An empty one."""
+    return Cache(root=tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")

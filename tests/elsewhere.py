@@ -31,7 +31,7 @@ class Elsewhere:
     def at(cls, home: Path) -> Elsewhere:
         """Copy the program and the packages that it imports."""
         # All of it compiled, since nobody can write there: else every run would do that again.
-        for name in ("osbuild", "agent", "kernel-configs", "patches", "templates"):
+        for name in ("osbuild", "agent", "probe", "kernel-configs", "patches", "templates"):
             shutil.copytree(ROOT / name, home / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
         compileall.compile_dir(home / "code", quiet=1)
         packages = Path(pytest.__file__).parent.parent

@@ -12,6 +12,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,49 @@ def answer_frame(stream: int, payload: bytes = b"", *, explicit: bool = True) ->
     body = protos.message("ttrpc.Response")(payload=payload).SerializeToString()
     return frame(stream, (b"\x0a\x00" if explicit else b"") + body)
 
+
+class FakeProbe:
+    """What a guest's probe would say: one that has all it should have."""
+
+    def __init__(self) -> None:
+        self.files = {"/sys/class/misc/hw_random/rng_current": b"virtio_rng.0\n"}
+        self._answers = b""
+        nothing: Callable[[Any], dict[str, Any]] = lambda request: {}  # noqa: E731
+        self.calls: dict[str, Callable[[Any], dict[str, Any]]] = {
+            "CopyFile": nothing, "CreateContainer": nothing, "StartContainer": nothing, "CreateSandbox": nothing,
+            "SetGuestDateTime": nothing, "WriteStdin": self._write, "ReadStdout": self._read,
+            "GetMetrics": lambda request: {"metrics": METRICS},
+        }  # fmt: skip
+
+    def _write(self, request: Any) -> dict[str, Any]:
+        words = request.data.decode().split("\0")
+        match words[:-2]:
+            case ["clock"]:
+                body: bytes | None = f"realtime {time.time():.9f}\nboottime 1.0\n".encode()
+            case ["random", size]:
+                body = os.urandom(int(size))
+            case ["file", path]:
+                body = self.files.get(path)
+            case _:
+                body = None
+        said = body if body is not None else b"no: No such file or directory"
+        self._answers += b"%c%d\n%s" % (b"-+"[body is not None], len(said), said)
+        return {"len": len(request.data)}
+
+    def _read(self, request: Any) -> dict[str, Any]:
+        found, self._answers = self._answers[: request.len], self._answers[request.len :]
+        return {"data": found}
+
+
+METRICS = "".join(
+    f'{name}{{item="mem_total"}} {200 << 20}\n'
+    for name in (
+        "kata_agent_scrape_count", "kata_agent_threads", "kata_agent_total_time", "kata_agent_total_vm",
+        "kata_agent_total_rss", "kata_agent_proc_status", "kata_agent_io_stat", "kata_agent_proc_stat",
+        "kata_guest_load", "kata_guest_tasks", "kata_guest_cpu_time", "kata_guest_vm_stat", "kata_guest_netdev_stat",
+        "kata_guest_meminfo",
+    )
+)  # fmt: skip
 
 # Behaviours: each is given all the requests that came in together.
 
@@ -182,6 +226,11 @@ def serve_with(handlers: Mapping[str, Handler]) -> Behaviour:
                 peer.answer(asked.stream, kinds.response(**fields).SerializeToString())
 
     return behave
+
+
+def serve_probe(probe: FakeProbe | None = None) -> Behaviour:
+    """What `serve` knows, and a container in which the probe runs."""
+    return serve_with((probe or FakeProbe()).calls)
 
 
 def answer_late(seconds: float, then: Behaviour = echo) -> Behaviour:

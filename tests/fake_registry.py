@@ -15,6 +15,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -269,9 +270,19 @@ def hang_up(handler: Handler, body: bytes, kind: str) -> None:
     handler.close_connection = True
 
 
+R = TypeVar("R", bound=Registry)
+
+
 @contextlib.contextmanager
 def running(context: ssl.SSLContext | None = None) -> Iterator[Registry]:
-    with Registry(context) as server:
+    with answering(Registry(context)) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def answering(server: R) -> Iterator[R]:
+    """A registry that answers for the length of the block."""
+    with server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:

@@ -1,7 +1,4 @@
-"""QEMU's own protocol, as much of it as plugging takes; and a guest that things can be plugged into.
-
-What osbuilder boots has nothing to plug (microvm) or asks nobody (q35 with an image): Kata's runtime does the plugging.
-"""
+"""A guest that things can be plugged into as Kata's runtime plugs them: behind a bridge, too."""
 
 from __future__ import annotations
 
@@ -21,35 +18,9 @@ from osbuild.arch import X86_64
 from osbuild.artifacts import Initrd, Kernel
 from osbuild.runtime import qemu
 from osbuild.runtime.base import Machine
+from osbuild.runtime.qmp import Qmp
 
 _SECONDS: Final = 30.0
-
-
-class Qmp:
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(_SECONDS)
-        try:
-            self._socket.connect(str(path))
-        except OSError:
-            self._socket.close()
-            raise
-        self._lines = self._socket.makefile("r")
-        assert "QMP" in json.loads(self._lines.readline())
-        self.execute("qmp_capabilities")
-
-    def execute(self, what: str, **arguments: Any) -> Any:  # Any: what JSON may hold
-        self._socket.sendall(json.dumps({"execute": what, "arguments": arguments}).encode() + b"\n")
-        while True:
-            answer = json.loads(self._lines.readline())
-            if "event" in answer:
-                continue
-            assert "error" not in answer, answer["error"]
-            return answer["return"]
-
-    def close(self) -> None:
-        self._lines.close()
-        self._socket.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +86,12 @@ def pluggable(kernel: Kernel, root: Initrd, work: Path, *words: str) -> Iterator
 def _connected(monitor: Path, log: Path) -> Qmp:
     deadline = time.monotonic() + _SECONDS
     while True:
+        connection = socket.socket(socket.AF_UNIX)
         try:
-            return Qmp(monitor)
+            connection.connect(str(monitor))
         except OSError:
+            connection.close()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.01)
+        else:
+            return Qmp(connection)

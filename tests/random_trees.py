@@ -130,6 +130,9 @@ class _Maker:
         while depth and len(path.encode(errors="surrogateescape")) < _PATH_BYTES - 2:
             path += f"/{self._chance.choice('ab')}"
             depth -= 1
+            met = self._draft.get(path)
+            if met is not None and not met.is_dir:
+                return
         if self._draft.get(path) is None:
             self._draft.put(path, self._entry(stat.S_IFREG))
 

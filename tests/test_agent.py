@@ -24,10 +24,10 @@ import osbuild.agent as agent_module
 from osbuild import command
 from osbuild.agent import agent_version, build_agent
 from osbuild.arch import X86_64, host_arch
-from osbuild.cache import Cache
+from osbuild.cache import Cache, default_cache
 from osbuild.errors import InputError
 from osbuild.resources import resource
-from tests.agent_program import compile_agent
+from tests.agent_program import compile_agent, toy_agent
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed"),
@@ -641,11 +641,12 @@ def test_arguments_that_mean_nothing_are_refused(program: Path) -> None:
 # --- the program itself ---
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_agent(X86_64, Cache(root=tmp_path_factory.mktemp("cache"))).path
+@pytest.fixture
+def built() -> Path:
+    return build_agent(X86_64, default_cache()).path
 
 
+@pytest.mark.slow
 def test_the_same_sources_give_the_same_bytes_in_another_directory(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -690,8 +691,9 @@ def test_bytes_without_a_version_are_no_agent() -> None:
         agent_version(b"\x7fELF osbuilder-agent version=;")
 
 
-def test_a_second_build_compiles_nothing(tmp_path: Path) -> None:
-    cache = Cache(root=tmp_path)
+def test_a_second_build_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_agent(tmp_path / "agent", monkeypatch)
+    cache = Cache(root=tmp_path / "cache")
     first = build_agent(X86_64, cache)
     assert build_agent(X86_64, cache) == first
     assert len(list(first.path.parent.parent.iterdir())) == 1
@@ -700,10 +702,7 @@ def test_a_second_build_compiles_nothing(tmp_path: Path) -> None:
 
 def test_a_changed_source_makes_another_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(root=tmp_path / "cache")
+    source = toy_agent(tmp_path / "agent", monkeypatch)
     before = build_agent(X86_64, cache)
-    elsewhere = tmp_path / "agent"
-    shutil.copytree(resource("agent"), elsewhere)
-    source = elsewhere / "services.c"
-    source.write_text(source.read_text().replace("0.0.1", "0.0.2"))
-    monkeypatch.setattr(agent_module, "resource", lambda name: elsewhere)
+    source.write_text(source.read_text().replace("argc - 1", "argc - 2"))
     assert build_agent(X86_64, cache).sha256 != before.sha256

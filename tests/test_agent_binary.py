@@ -25,6 +25,7 @@ def test_our_own_is_known_by_its_marker(agent: File) -> None:
     assert (found.arch, found.interpreter, found.needed, found.wants_policy) == ("x86_64", "", (), False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -82,6 +83,7 @@ def test_an_agent_that_obeys_a_policy_is_known(tmp_path: Path) -> None:
     assert read_binary(rust_agent(tmp_path, policy=True)).wants_policy
 
 
+@pytest.mark.slow
 def test_an_agent_of_1_x_speaks_grpc(tmp_path: Path) -> None:
     found = read_binary(go_agent(tmp_path))
     assert (found.name, found.version, found.protocol) == (KATA, "1.13.1", GRPC)

@@ -22,10 +22,22 @@ from tests.agent_container import DEV, PROC, Containers, description, process
 from tests.agent_guest import booted
 from tests.agent_part import answers, compile_part
 
-_SOURCES: Final = ("cgroup", "cgroup_path", "cgroup_file", "cgroup_limits", "cgroup_stats", "cgroup_devices")
+_SOURCES: Final = (
+    "cgroup",
+    "cgroup_path",
+    "cgroup_file",
+    "cgroup_limits",
+    "cgroup_stats",
+    "cgroup_devices",
+    "small_file",
+)
 _UNIFIED: Final = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))
 _CONTAIN: Final = """
 echo 0 >"$0/cgroup.procs" && exec unshare --mount --cgroup sh -c '
+  mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec "$@"' sh "$@"
+"""
+_IN_THE_FIRST: Final = """
+echo 0 >"$0/cgroup.procs" && exec unshare --mount sh -c '
   mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec "$@"' sh "$@"
 """
 _NO_LIMIT: Final = 2**64 - 1
@@ -248,7 +260,7 @@ def steps(program: Path, unified: Path, *words: str | Path) -> list[str]:
 def test_it_is_made_frozen_thawed_killed_and_removed(program: Path, unified: Path) -> None:
     made = steps(
         program, unified, "create", "/kata/abc", "run", "grep -qx 0::/kata/abc /proc/self/cgroup", "start",
-        "sleep 100", "empty", "freeze", "frozen", "kill", "wait", "empty", "remove", "outside",
+        "sleep 100", "empty", "freeze", "frozen", "kill", "wait", "emptied", "remove", "outside",
         "test ! -e /sys/fs/cgroup/kata",
     )  # fmt: skip
     assert made == ["ok", "ok 0", "ok", "ok 0", "ok", "ok 1", "ok", "ok 137", "ok 1", "ok", "ok 0"]
@@ -362,6 +374,32 @@ def test_five_hundred_rules_are_taken_and_more_are_refused(program: Path, unifie
     found = steps(program, unified, "create", "/a/b", "devices", many, "", "devices", more, "", "remove")
     assert found[1] == "ok"
     assert found[2].startswith("8 ")  # RESOURCE_EXHAUSTED
+
+
+def test_what_is_denied_to_all_is_said_once_and_by_the_last_who_said_it(
+    program: Path, unified: Path, tmp_path: Path
+) -> None:
+    """However often it is said, and by an agent after another one as well."""
+    asked = linux(tmp_path / "linux", Resources=rules("+a *:* rwm"))
+    other = f"T={tmp_path}; {_BLOCK.replace('7 77', '7 78')}"
+    this = f"T={tmp_path}; {_BLOCK}"
+    first = steps(program, unified, "create", "/a/b", "devices", asked, "", "guards", "deny", "", "guards",
+                  "run", this, "deny", "7:77", "deny", "7:77", "guards", "run", this, "run", other,
+                  "remove")  # fmt: skip
+    second = steps(program, unified, "guards", "create", "/a/c", "devices", asked, "", "deny", "7:77", "guards",
+                   "deny", "8:0,7:78", "guards", "run", this, "run", other, "remove")  # fmt: skip
+    assert first == ["ok", "ok", "ok 0", "ok", "ok 0", "ok 0", "ok", "ok", "ok 1", "ok 1", "ok 0", "ok"]
+    assert second == ["ok 1", "ok", "ok", "ok", "ok 1", "ok", "ok 1", "ok 0", "ok 1", "ok"]
+
+
+def test_by_hand_on_a_host_nothing_is_denied_to_all_of_it(program: Path, unified: Path) -> None:
+    """It would stay, and the host would not come to its own disk any more. No host has a loop device of that number."""
+    if (unified.parent / "cgroup.type").exists():
+        pytest.skip("this is a container, which has no first cgroup")
+    words = (program, "guards", "deny", "7:1048575", "guards")
+    before, denied, after = answers("sh", "-c", _IN_THE_FIRST, unified.parent, *words)
+    assert (denied, after) == ("ok", before)
+    assert steps(program, unified, *words[1:]) == ["ok 0", "ok", "ok 1"], "elsewhere it is"
 
 
 # --- in a guest, where all controllers are ---

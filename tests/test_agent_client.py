@@ -18,7 +18,7 @@ from osbuild.agent import build_agent
 from osbuild.agent_client import AGENT, HEALTH, AgentClient, AgentDetails, AgentVersion, GuestDetails
 from osbuild.agent_values import Address, Interface, KernelModule, Neighbor, Route, Stats, Storage
 from osbuild.arch import host_arch
-from osbuild.cache import Cache
+from osbuild.cache import default_cache
 from osbuild.container import ContainerSpec, ProcessSpec, Resources
 from osbuild.errors import BuildError, HostError
 from osbuild.ttrpc import CallTimeout, Code, PeerClosed, ProtocolError, StatusError, connect_unix
@@ -282,7 +282,7 @@ def test_writing_nothing_is_our_mistake_for_it_would_close(tmp_path: Path) -> No
 @contextlib.contextmanager
 def real_agent(tmp_path: Path) -> Iterator[AgentClient]:
     try:
-        program = build_agent(host_arch(), Cache(root=tmp_path / "cache"))
+        program = build_agent(host_arch(), default_cache())
     except HostError as problem:
         pytest.skip(f"the agent cannot be built here: {problem} ({problem.hint})")
     path = tmp_path / "agent.sock"

@@ -128,6 +128,36 @@ def test_a_description_that_lacks_something_is_refused_with_the_reason(
     assert caught.value.code == 3
 
 
+PORTS = ("stdin_port", "stdout_port", "stderr_port")
+UNIMPLEMENTED = 12
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"shared_mounts": [{"name": "logs", "src_ctr": "a", "src_path": "/a", "dst_path": "/b"}]}, "served: logs"),
+        ({"shared_mounts": [{}]}, "shared between containers"),
+        *(({port: 1028}, port) for port in PORTS),
+    ],
+)
+def test_what_is_not_served_of_a_request_for_a_container_is_refused(
+    containers: Containers, root: Path, fields: Message, words: str
+) -> None:
+    with pytest.raises(StatusError, match=words) as caught:
+        containers.create(description(root, TRUE), **fields)
+    assert caught.value.code == UNIMPLEMENTED
+    containers.run(description(root, TRUE), shared_mounts=[], **dict.fromkeys(PORTS, 0))
+
+
+@pytest.mark.parametrize("port", PORTS)
+def test_a_process_whose_streams_are_to_have_ports_is_refused(containers: Containers, root: Path, port: str) -> None:
+    name = containers.start(description(root, process("sleep", "1000")))
+    with pytest.raises(StatusError, match="not served") as caught:
+        containers.call("ExecProcess", container_id=name, exec_id="port", process=TRUE, **{port: 1028})
+    assert caught.value.code == UNIMPLEMENTED
+    containers.remove(name)
+
+
 @pytest.mark.parametrize("name", ["", "x", "../x", ".x", "a/b", "-a", "a b", "a" * 300, "shared", "sandbox"])
 def test_an_id_that_could_be_a_path_or_is_the_sandboxs_is_refused(
     containers: Containers, root: Path, name: str
@@ -294,6 +324,39 @@ def test_hooks_are_told_the_state_and_one_that_fails_stops_the_container(
     assert all((state["id"], state["annotations"]) == (name, notes) for state in states.values())
     with pytest.raises(StatusError, match="no luck"):
         containers.create(description(root, TRUE, Hooks={"Prestart": hook("bad", "echo no luck >&2; exit 1")}))
+
+
+AWKWARD = 'a "b" \\ \n\t\x01\x1f\x7f \u00e9 \u2028 \U0001f600 </script>'
+
+
+def test_hooks_find_the_description_in_the_bundle_that_they_are_told(pod: Pod, root: Path, tmp_path: Path) -> None:
+    containers, started = pod
+    script = f"cat >{tmp_path}/state; cp -p /run/kata-containers/$0/config.json {tmp_path}"
+    oci = description(
+        root, process("true", AWKWARD, "", Env=["PATH=/bin", f"A={AWKWARD}"], Cwd="/tmp",
+                      User={"UID": 2**32 - 2, "GID": 7, "AdditionalGids": [8, 9]}),
+        Annotations={AWKWARD: AWKWARD, "b": ""}, Hostname="host", Mounts=[PROC, DEV, {**PROC, "destination": "/x"}],
+    )  # fmt: skip
+    oci["Hooks"] = {"Prestart": [{"Path": "/bin/sh", "Args": ["sh", "-c", script, "bundled"]}]}
+    containers.run(oci, name="bundled")
+    config = json.loads((tmp_path / "config.json").read_bytes().decode())
+    assert json.loads((tmp_path / "state").read_text())["bundle"] == "/run/kata-containers/bundled"
+    assert config == {
+        "ociVersion": "1.0.2",
+        "process": {
+            "terminal": False,
+            "user": {"uid": 2**32 - 2, "gid": 7, "additionalGids": [8, 9]},
+            "args": ["true", AWKWARD, ""],
+            "env": ["PATH=/bin", f"A={AWKWARD}"],
+            "cwd": "/tmp",
+        },
+        "root": {"path": str(root), "readonly": False},
+        "hostname": "host",
+        "mounts": [{"options": [], **mount} for mount in oci["Mounts"]],
+        "annotations": {AWKWARD: AWKWARD, "b": ""},
+    }
+    assert (tmp_path / "config.json").stat().st_mode & 0o777 == 0o600
+    assert "bundled" not in inside(started, "ls", "/run/kata-containers").split()
 
 
 def test_hooks_of_the_container_run_in_its_namespaces(containers: Containers, root: Path, tmp_path: Path) -> None:

@@ -36,6 +36,12 @@ class Debugged:
     pid: int  # of the agent
 
 
+# What root's own .bashrc does (it once waited a minute for a lock) is none of the agent's shells' business.
+_NO_HABITS: Final = (
+    "sh", "-ec", '[ ! -f /root/.bashrc ] || mount --bind /dev/null /root/.bashrc; exec "$@"', "sh",
+)  # fmt: skip
+
+
 @contextlib.contextmanager
 def debugged(program: Path, output: Path, *, wait: bool = True) -> Iterator[Debugged]:
     """In namespaces of processes and mounts of its own, so that its shells are gone with it."""
@@ -47,7 +53,7 @@ def debugged(program: Path, output: Path, *, wait: bool = True) -> Iterator[Debu
         paths = [home / option.strip("-") for option in options]
         words = [word for option, path in zip(options, paths, strict=True) for word in (option, f"unix:{path}")]
         argv = ("unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--mount-proc")
-        with command.start(*argv, str(program), *words, log=output) as process:
+        with command.start(*argv, *_NO_HABITS, str(program), *words, log=output) as process:
             with ttrpc.connect_unix(paths[0], _SECONDS) as connection:
                 client = AgentClient(connection)
                 client.wait(_SECONDS)
@@ -253,3 +259,15 @@ def test_ports_are_listened_on_as_the_words_say(kernel: Kernel, busybox_initrd: 
     text = (tmp_path / "guest/console.log").read_text(errors="replace")
     assert "a debug console was opened" not in text
     assert "cannot listen" not in text
+
+
+@pytest.mark.boot
+def test_words_that_are_not_served_are_warned_of(kernel: Kernel, busybox_initrd: Initrd, tmp_path: Path) -> None:
+    words = ("agent.server_addr=vsock://-1:2048", "agent.passfd_listener_port=0", "agent.container_pipe_size=4096")
+    with booted(kernel, busybox_initrd, tmp_path / "guest", words=words) as client:
+        client.destroy_sandbox()
+    text = (tmp_path / "guest/console.log").read_text(errors="replace")
+    warned = [name for name in ("server_addr", "passfd_listener_port", "container_pipe_size")
+              if f'"word":"agent.{name}"' in text]  # fmt: skip
+    assert warned == ["server_addr", "container_pipe_size"]
+    assert "is not served" in text

@@ -189,8 +189,8 @@ def guest(kernel: Kernel, busybox_initrd: Initrd, tmp_path_factory: pytest.TempP
 def test_memory_that_is_plugged_in_comes_online_by_itself(guest: Pluggable) -> None:
     block = guest.client.guest_details().memory_block_bytes
     assert block > 0, "this kernel cannot plug memory"
-    guest.qmp.execute("object-add", **{"qom-type": "memory-backend-ram", "id": "m0", "size": 256 * MIB})
-    guest.qmp.execute("device_add", driver="pc-dimm", id="d0", memdev="m0")
+    guest.qmp.execute("object-add", {"qom-type": "memory-backend-ram", "id": "m0", "size": 256 * MIB})
+    guest.qmp.execute("device_add", {"driver": "pc-dimm", "id": "d0", "memdev": "m0"})
 
     def online() -> int:
         return len([line for line in guest.log() if line["msg"] == "brought online" and "memory" in line["what"]])
@@ -201,7 +201,7 @@ def test_memory_that_is_plugged_in_comes_online_by_itself(guest: Pluggable) -> N
 def test_a_processor_that_is_plugged_in_comes_online_when_it_is_wanted(guest: Pluggable) -> None:
     free = [slot for slot in guest.qmp.execute("query-hotpluggable-cpus") if "qom-path" not in slot]
     assert len(free) == 2
-    guest.qmp.execute("device_add", driver=free[0]["type"], id="cpu", **free[0]["props"])
+    guest.qmp.execute("device_add", {"driver": free[0]["type"], "id": "cpu", **free[0]["props"]})
     guest.client.call(AGENT, "OnlineCPUMem", nb_cpus=2, cpu_only=True)
     with pytest.raises(ttrpc.StatusError, match="2 of 3 processors"):
         guest.client.call(AGENT, "OnlineCPUMem", nb_cpus=3, cpu_only=True)
@@ -217,12 +217,12 @@ def test_a_network_device_that_is_plugged_in_is_waited_for_at_its_place_on_pci(g
         "devicePath": "08/01",
         "IPAddresses": [{"address": "192.0.2.7", "mask": "24"}],
     }
-    guest.qmp.execute("netdev_add", type="user", id="n0", restrict=True)
+    guest.qmp.execute("netdev_add", {"type": "user", "id": "n0", "restrict": True})
 
     def plug() -> None:
         time.sleep(0.5)
         device = {"driver": "virtio-net-pci", "id": "v0", "netdev": "n0", "mac": mac, "bus": "bridge", "addr": "1"}
-        guest.qmp.execute("device_add", **device)
+        guest.qmp.execute("device_add", device)
 
     thread = threading.Thread(target=plug)
     thread.start()

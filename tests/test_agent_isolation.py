@@ -11,6 +11,7 @@ from typing import Final
 
 import pytest
 
+from osbuild import command
 from osbuild.artifacts import Initrd, Kernel
 from osbuild.ttrpc import StatusError
 from tests.agent_container import DEV, PROC, PTS, SYS, Containers, Message, description, make_root, process
@@ -280,6 +281,33 @@ def test_a_container_makes_no_device_and_reaches_no_block_device(containers: Con
     script = f"mknod /tmp/d b {os.major(disk)} {os.minor(disk)} || echo refused; head -c 1 /tmp/d || echo refused"
     oci = description(root, process("sh", "-c", script, capabilities=ALL), Annotations=allowed)
     assert containers.run(oci)[1].count("refused") == 2
+
+
+@pytest.fixture
+def attacker(tmp_path: Path, root: Path) -> str:
+    """The program of tests/attackers that takes off what its cgroup denies, in the container's root."""
+    source = Path(__file__).parent / "attackers/root_device.c"
+    command.run("gcc", "-static", "-O1", str(source), "-o", str(root / "bin/attacker"))
+    return "/bin/attacker"
+
+
+def test_who_takes_off_what_its_cgroup_denies_still_does_not_reach_the_root(
+    containers: Containers, root: Path, attacker: str
+) -> None:
+    disk = Path("/").stat().st_dev
+    if os.major(disk) == 0:
+        pytest.skip("this machine's root is on no device")
+    numbers = f"{os.major(disk)}:{os.minor(disk)}"
+    first = process(attacker, numbers, "7:77", capabilities=ALL)
+    allowed = {"io.osbuilder.allow-mknod": "true"}
+    status, text = containers.run(description(root, first, Annotations=allowed))
+    refused = "mknod: Operation not permitted"
+    assert status == 0, text
+    before, other_before, detached, after, other_after = text.splitlines()
+    assert (before, other_before) == (f"before {numbers}: {refused}", f"before 7:77: {refused}")
+    assert detached == "detached 1"
+    assert "not permitted" not in other_after, "its own cgroup denies nothing any more"
+    assert after == f"after {numbers}: {refused}"
 
 
 def test_processes_of_one_container_are_not_seen_in_another(containers: Containers, root: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from osbuild.ttrpc import StatusError
+from osbuild.agent_client import AgentClient
+from osbuild.ttrpc import RpcError, StatusError, connect_unix
 from tests.agent_container import Containers, description, make_root, process
 from tests.agent_guest import agent_pid, contained
 from tests.agent_program import BUSYBOX
@@ -126,6 +127,88 @@ def test_a_full_pipe_makes_the_writer_wait_until_nobody_reads_any_more(container
     with pytest.raises(StatusError, match="Broken pipe"):
         more.result()
     assert containers.wait(idle, name) == 137
+
+
+# One byte, and the rest when it may.
+READS_LATER = "dd bs=1 count=1 of=/tmp/begun 2>/dev/null; until [ -e /tmp/go ]; do sleep 0.02; done; cat > /tmp/got"
+
+
+@pytest.fixture
+def reader(containers: Containers, idle: str, root: Path) -> Iterator[str]:
+    name = containers.execute(idle, "sh", "-c", READS_LATER)
+    yield name
+    for file in ("begun", "go", "got"):
+        (root / "tmp" / file).unlink(missing_ok=True)
+
+
+def await_size(path: Path, size: int) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() or path.stat().st_size < size:
+        assert time.monotonic() < deadline, f"{path} stays smaller than {size} bytes"
+        time.sleep(0.01)
+
+
+def test_what_is_written_by_several_calls_comes_in_the_order_of_the_calls(
+    pod: Pod, idle: str, reader: str, root: Path
+) -> None:
+    containers, started = pod
+    first = b"A" * (2 << 20)
+    writes = [containers.later("WriteStdin", container_id=idle, exec_id=reader, data=b"." + first)]
+    await_size(root / "tmp/begun", 1)
+    agent = agent_pid(started)
+    os.kill(agent, signal.SIGSTOP)  # so that it finds the calls and the room in the pipe at the same time
+    try:
+        writes += [containers.later("WriteStdin", container_id=idle, exec_id=reader, data=b"B") for _ in range(60)]
+        assert not writes[-1].done(0.2)
+        (root / "tmp/go").touch()
+        await_size(root / "tmp/got", 4096)
+    finally:
+        os.kill(agent, signal.SIGCONT)
+    for write in writes:
+        write.result()
+    containers.call("CloseStdin", container_id=idle, exec_id=reader)
+    assert containers.wait(idle, reader) == 0
+    assert (root / "tmp/got").read_bytes() == first + b"B" * 60
+
+
+def test_input_is_closed_behind_what_was_written_before(
+    containers: Containers, idle: str, reader: str, root: Path
+) -> None:
+    first = containers.later("WriteStdin", container_id=idle, exec_id=reader, data=bytes(1 << 20))
+    await_size(root / "tmp/begun", 1)
+    closing = containers.later("CloseStdin", container_id=idle, exec_id=reader)
+    assert not closing.done(0.2)
+    (root / "tmp/go").touch()
+    closing.result()
+    assert first.result().len == 1 << 20
+    assert containers.wait(idle, reader) == 0
+    assert (root / "tmp/got").stat().st_size == (1 << 20) - 1
+
+
+@pytest.mark.parametrize("way", ["hang-up", "deadline"])
+def test_a_write_that_is_given_up_makes_way_for_the_next(
+    pod: Pod, idle: str, reader: str, root: Path, way: str
+) -> None:
+    containers, started = pod
+    words = Path(f"/proc/{agent_pid(started)}/cmdline").read_text().split("\0")
+    path = Path(words[words.index("--listen") + 1].removeprefix("unix:"))
+    with connect_unix(path, 20.0) as connection:
+        other = Containers(AgentClient(connection))
+        seconds = 3.0 if way == "deadline" else 60.0
+        first = other.later("WriteStdin", container_id=idle, exec_id=reader, data=b"A" * (1 << 20), seconds=seconds)
+        await_size(root / "tmp/begun", 1)
+        second = containers.later("WriteStdin", container_id=idle, exec_id=reader, data=b"B")
+        assert not second.done(0.2)
+        if way == "hang-up":
+            connection.close()
+        with pytest.raises(RpcError):
+            first.result()  # the deadline is the agent's as well, and passes there a moment earlier or later
+        (root / "tmp/go").touch()
+        assert second.result().len == 1
+    containers.call("CloseStdin", container_id=idle, exec_id=reader)
+    assert containers.wait(idle, reader) == 0
+    got = (root / "tmp/got").read_bytes()
+    assert got == b"A" * (len(got) - 1) + b"B"
 
 
 def test_a_grandchild_that_keeps_the_pipe_does_not_hold_up_the_wait(containers: Containers, idle: str) -> None:
@@ -310,6 +393,11 @@ def test_home_is_the_environments_before_it_is_the_users(containers: Containers,
     assert containers.run_in(idle, "sh", "-c", "echo $HOME")[1] == "/root\n"
     assert containers.run_in(idle, "sh", "-c", "echo $HOME", Env=["HOME=/x", "PATH=/bin"])[1] == "/x\n"
     assert containers.run_in(idle, "sh", "-c", "echo $HOME", User={"UID": 4242})[1] == "/\n"
+
+
+def test_a_variable_has_its_last_value_and_a_word_without_one_is_none(containers: Containers, idle: str) -> None:
+    text = containers.run_in(idle, "env", Env=["A=1", "PATH=/bin", "B", "A=2=3", "AB=4", "=5", "HOME=/x", "HOME=/y"])[1]
+    assert sorted(text.splitlines()) == ["A=2=3", "AB=4", "HOME=/y", "PATH=/bin"]
 
 
 def capability_sets(text: str) -> dict[str, int]:

@@ -19,6 +19,7 @@ import pytest
 from osbuild import ttrpc
 from osbuild.agent_client import AGENT, AgentClient
 from osbuild.arch import X86_64, host_arch
+from tests.agent_container import Containers, description, make_root, process
 from tests.agent_guest import agent_pid, contained, inside
 
 pytestmark = [
@@ -52,6 +53,8 @@ class Agent:
     def __init__(self, client: AgentClient, process: subprocess.Popen[bytes]) -> None:
         self.client, self.process = client, process
         self.root = Path(f"/proc/{agent_pid(process)}/root")
+        self.before: tuple[str, ...] = ()
+        self.before = tuple(self.mounts())  # of this machine, below the agent's own /run: /run/netns of `ip netns`
 
     def call(self, method: str, /, **fields: Any) -> Any:
         return self.client.call(AGENT, method, **fields)
@@ -75,12 +78,12 @@ class Agent:
         return self.root / path.lstrip("/")
 
     def mounts(self) -> dict[str, list[str]]:
-        """What is mounted below /run, by place: options, type, options of the filesystem."""
+        """What was mounted below /run since the agent began, by place: options, type, options of the filesystem."""
         found = {}
         for line in (self.root.parent / "mountinfo").read_text().splitlines():
             before, _, after = line.partition(" - ")
             place = before.split()[4]
-            if place.startswith("/run/") and not place.startswith(("/run/cgroup", "/run/sandbox-ns")):
+            if place.startswith("/run/") and not place.startswith(("/run/cgroup", "/run/sandbox-ns", *self.before)):
                 found[place] = [before.split()[5], after.split()[0], after.split()[-1]]
         return found
 
@@ -451,6 +454,28 @@ def test_the_agent_answers_while_a_large_volume_is_given_away(agent_: Agent) -> 
             os.kill(child, signal.SIGCONT)
         mounting.result()
     assert {path.stat().st_gid for path in agent_.path("/run/volume").iterdir()} == {3000}
+
+
+def test_input_of_a_container_ends_when_it_is_closed_while_a_volume_is_given_away(
+    agent_: Agent, tmp_path: Path
+) -> None:
+    containers = Containers(agent_.client)
+    oci = description(make_root(tmp_path / "root"), process("cat"))
+    names = [containers.start(oci)]
+    try:
+        with in_the_middle(agent_, lambda storage: names.append(containers.create(oci, storages=[storage]))) as (
+            _,
+            child,
+        ):
+            try:
+                containers.call("CloseStdin", container_id=names[0])
+                ending = containers.later("WaitProcess", container_id=names[0])
+                assert ending.result(10).status == 0
+            finally:
+                os.kill(child, signal.SIGCONT)
+    finally:
+        for name in names:
+            containers.remove(name)
 
 
 def test_a_volume_whose_giver_dies_is_not_mounted(agent_: Agent) -> None:

@@ -60,6 +60,7 @@ def not_passed(report: SmokeReport) -> list[str]:
     return [f"{call.call}, {call.about}: {call.detail}" for call in report.calls if call.verdict != "passed"]
 
 
+@pytest.mark.slow
 def test_every_call_is_right_in_a_guest_on_a_read_only_dax_image(boot: Boot, image: DiskImage) -> None:
     report = boot(image, "agent")
     assert not_passed(report) == []
@@ -67,6 +68,7 @@ def test_every_call_is_right_in_a_guest_on_a_read_only_dax_image(boot: Boot, ima
     assert len(report.calls) == sum("no shell" not in step.needs for step in STEPS)
 
 
+@pytest.mark.slow
 def test_every_call_is_right_in_an_initramfs_where_nothing_can_be_pivoted(
     boot: Boot, tree: Tree, tmp_path: Path, agent: File
 ) -> None:

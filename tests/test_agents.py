@@ -15,13 +15,13 @@ from osbuild.arch import AARCH64, X86_64
 from osbuild.artifacts import DiskImage, File, Initrd, Kernel, Rootfs
 from osbuild.bootable import problems
 from osbuild.cache import Cache, default_cache
+from osbuild.checks.root import judge_kernel
 from osbuild.errors import InputError, SpecError
 from osbuild.findings import Unclear, Wrong
 from osbuild.options import build_spec, read_config
 from osbuild.report import SmokeReport, Verdict
 from osbuild.rootfs import assemble_rootfs
 from osbuild.runtime.base import Machine
-from osbuild.smoke import judge_kernel
 from osbuild.spec import RootfsSpec
 from osbuild.systemd import WORDS
 from tests.agent_tools import FOREIGN, foreign_agent, go_agent, rust_agent, tarball

@@ -16,11 +16,11 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("kind", "rule"),
     [
-        ("long names", "take more than 335544320 bytes"),
-        ("attributes", "take more than 335544320 bytes"),
+        pytest.param("long names", "take more than 335544320 bytes", marks=pytest.mark.slow),
+        pytest.param("attributes", "take more than 335544320 bytes", marks=pytest.mark.slow),
         ("through a link", "all paths together"),
         pytest.param("files", "take more than 335544320 bytes", marks=pytest.mark.slow),
-        ("directories", "no entry of their own"),
+        pytest.param("directories", "no entry of their own", marks=pytest.mark.slow),
         pytest.param("through many links", "too long to follow", marks=pytest.mark.slow),
         pytest.param("empty", "more than 1000000 ", marks=pytest.mark.slow),
         pytest.param("whiteouts", "take more than 335544320 bytes", marks=pytest.mark.slow),

@@ -10,7 +10,11 @@ from typing import Final
 import pytest
 
 from osbuild.arch import AARCH64, X86_64, Arch
+from osbuild.artifacts import Rootfs
 from osbuild.bootable import ESSENTIAL, Problem, problems, workload_problems
+from osbuild.errors import InputError
+from osbuild.pipeline import check_bootable
+from osbuild.spec import BuildSpec
 from osbuild.systemd import SERVICE, TARGET
 from osbuild.tree import Draft, Entry, Tree, device, directory, regular, symlink
 from tests.layer_tools import opened
@@ -49,6 +53,17 @@ def only(files: Mapping[str, Content], init: str = "/sbin/init", arch: Arch = X8
     assert problem.hint
     assert repr(problem.path) in problem.text
     return problem.text
+
+
+def test_whatever_is_wrong_is_one_readable_line() -> None:
+    rootfs = Rootfs(tree=base({"/proc": "x"}), init="/sbin/init", epoch=0)
+    with pytest.raises(InputError) as caught:
+        check_bootable(rootfs, BuildSpec(image="oci:x", out=Path("out"), arch=X86_64))
+    assert str(caught.value) == (
+        "this tree would not boot: '/sbin/init' is not in the tree; "
+        "'/proc' is no directory: on a read-only root nobody can make the mount point"
+    )
+    assert caught.value.hint == "install it in the image, or add it to the tree with --add"
 
 
 # The first process

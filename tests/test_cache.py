@@ -319,4 +319,5 @@ def test_without_any_setting_the_home_of_the_user_counts(monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
     with pytest.raises(HostError) as caught:
         default_cache()
-    assert "OSBUILDER_CACHE" in caught.value.hint
+    assert str(caught.value) == "there is no home directory for the cache"
+    assert caught.value.hint == "name a directory with --cache-dir DIR or OSBUILDER_CACHE"

@@ -27,9 +27,11 @@ from tests.layer_tools import archive, folder, hardlink, member, write_layout
 OSBUILDER = (sys.executable, "-c", "from osbuild.__main__ import main; main()")
 
 
-def run(*words: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *words: str, env: dict[str, str] | None = None, cwd: Path | None = None, before: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*OSBUILDER, *words], capture_output=True, text=True, check=False, cwd=cwd, timeout=120,
+        [*before, *OSBUILDER, *words], capture_output=True, text=True, check=False, cwd=cwd, timeout=120,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "COLUMNS": "100"} | (env or {}),
     )  # fmt: skip
 
@@ -86,6 +88,8 @@ def test_help_names_every_command_of_the_readme() -> None:
         (("build", "oci:x", "y"), 2, "unexpected extra argument"),
         (("rootfs", "oci:x", "--json", "--tar", "-"), 2, "both want standard output"),
         (("smoke", "/no/such/build"), 3, "no finished build"),
+        (("build", "oci:/no/such", "--with", "warp"), 2, "no kernel feature 'warp'"),
+        (("build", "oci:/no/such", "--agent", "/no/such/agent"), 3, "cannot read '/no/such/agent'"),
         (("image", "docker-archive:/dev/null/x"), 3, "cannot read"),
     ],
 )
@@ -196,6 +200,19 @@ def test_an_explanation_is_of_the_policy_and_writes_nothing(words: str, layout: 
     assert not (tmp_path / "out.tar").exists()
 
 
+@pytest.mark.parametrize(
+    ("wish", "reason"),
+    [("--policy", "the built-in agent obeys no policy"), ("--modules", "the kernel of this build loads no modules")],
+)
+def test_what_nobody_in_the_guest_would_use_is_refused_before_anything_is_made(
+    wish: str, reason: str, layout: Path, tmp_path: Path
+) -> None:
+    done = run("build", f"oci:{layout}", "-o", str(tmp_path / "out"), "--quiet", "--no-smoke", wish, str(tmp_path))
+    assert done.returncode == 2
+    assert reason in one_line(done.stderr)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 @pytest.mark.parametrize("command", ["image", "initrd", "build", "rootfs"])
 def test_what_is_read_is_never_written_to(command: str, layout: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.tar"
@@ -211,7 +228,7 @@ def test_what_is_read_is_never_written_to(command: str, layout: Path, tmp_path: 
         cases.append((f"docker-archive:{saved}", saved))
     before = sorted(tmp_path.rglob("*"))
     for source, out in cases:
-        ended = run(command, source, word, str(out))
+        ended = run(command, source, word, str(out), "--force")
         assert ended.returncode == 2, ended.stderr
         assert "what is read" in one_line(ended.stderr) or "not a regular file" in one_line(ended.stderr)
     assert sorted(tmp_path.rglob("*")) == before
@@ -320,13 +337,15 @@ def on_terminal(columns: int, *words: str, env: dict[str, str] | None = None) ->
     return re.sub(r"\x1b\[[0-?]*[@-~]", "", said.decode()).replace("\r", "").splitlines()
 
 
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [80, pytest.param(120, marks=pytest.mark.slow)])
 def test_on_a_terminal_lines_end_between_words_and_paths_stay_whole(columns: int, layout: Path, tmp_path: Path) -> None:
     env = {"OSBUILDER_CACHE": str(tmp_path / "a directory with blanks is broken there" / ("long" * 8))}
     for words in (("doctor",), ("rootfs", f"oci:{layout}", "--explain", "-q"), ("image", "docker-daemon:a", "-q")):
         lines = on_terminal(columns, *words, env=env | {"DOCKER_HOST": "unix:///nonexistent"})
         wide = on_terminal(1000, *words, env=env | {"DOCKER_HOST": "unix:///nonexistent"})
-        assert set(" ".join(lines).split()) == set(" ".join(wide).split()), "a word was split"
+        one, other = (set(re.sub(r"\d+\.\d+\s+s\b", "N s", " ".join(said)).split()) for said in (lines, wide))
+        assert one == other, "a word was split"
         assert all(len(line) <= columns or len(line.split()[-1]) > columns // 3 for line in lines)
         assert len(lines) > len(wide) or max(map(len, wide)) <= columns
 
@@ -395,6 +414,28 @@ def test_doctor_names_the_package_of_what_is_missing(tmp_path: Path) -> None:
     assert findings["qemu-system-x86_64"]["state"] == "missing"
     assert findings["git"]["state"] == "missing (optional)"
     assert "qemu-system-x86" in findings["qemu-system-x86_64"]["detail"]
+
+
+_STRUCK = """
+import signal, sys
+from osbuild import cli, console, program
+console.print_error = console.print_note = lambda *_: signal.raise_signal(signal.SIGTERM)
+if sys.argv[1] == "interrupted":
+    program._command = lambda *_: signal.raise_signal(signal.SIGHUP)
+program.run(cli.app)
+"""
+
+
+@pytest.mark.parametrize("word", ["no-such-command", "interrupted"])
+def test_a_signal_while_the_end_is_told_is_no_traceback(word: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _STRUCK, word],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

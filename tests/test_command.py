@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -36,6 +37,22 @@ def test_a_failure_says_how_it_ended_and_shows_the_end_of_the_output() -> None:
     with pytest.raises(CommandError, match="sh exited with 3") as caught:
         command.run("sh", "-c", "echo because; exit 3")
     assert caught.value.tail == "because\n"
+
+
+def test_no_program_writes_a_core_file_and_what_is_asked_for_holds_for_its_children(tmp_path: Path) -> None:
+    limits = {resource.RLIMIT_NOFILE: 64, resource.RLIMIT_FSIZE: 4096}
+    with command.start("sh", "-c", "ulimit -c; ulimit -n; sh -c 'ulimit -n'; exec cat /dev/zero", pipe=False,
+                       log=tmp_path / "log", limits=limits) as process:  # fmt: skip
+        assert process.wait(timeout=20) == -signal.SIGXFSZ
+    assert (tmp_path / "log").read_bytes().split(b"\0")[0].split() == [b"0", b"64", b"64"]
+    assert (tmp_path / "log").stat().st_size == 4096
+
+
+def test_a_limit_above_our_own_is_our_own() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with command.start("sh", "-c", "ulimit -Hn", pipe=True, limits={resource.RLIMIT_NOFILE: hard + 1}) as process:
+        assert process.stdout is not None
+        assert process.stdout.read().split() == [str(hard).encode()]
 
 
 def test_a_signal_is_named() -> None:

@@ -183,6 +183,7 @@ LASTING: dict[str, tuple[Fault, type[OsbuilderError], str]] = {
     "redirected to a file": (redirect("file:///etc/passwd"), InputError, "not http"),
     "redirected to the cloud's secrets": (redirect("http://169.254.169.254/latest"), InputError, "plain HTTP"),
     "redirected there over https": (redirect("https://0xA9FEA9FE/latest"), InputError, "no business"),
+    "redirected to half an address": (redirect("//["), InputError, "where .* redirects to is no address"),
     "redirected with a password": (redirect("https://user:very@example.org/"), InputError, "not http"),
     "redirected to a terminal's reset": (redirect("http://evil\x1bc.example/x"), InputError, r"'evil\\x1bc\.example'"),
     "redirected to a C1 code": (redirect("https://evil\x9b2J.example/x"), InputError, r"'evil\\x9b2J\.example'"),
@@ -274,11 +275,11 @@ def test_the_next_run_goes_on_where_the_last_one_was_cut(server: Registry, image
 
 
 def test_a_pull_has_a_deadline_whatever_the_server_does(server: Registry, tmp_path: Path) -> None:
-    server.faults["/manifests/"] = [silence(1.5)]
+    server.faults["/manifests/"] = [silence(20)]
     began = time.monotonic()
     error = refused(server, tmp_path, seconds=0.3)
     assert "more than 0.3 s" in str(error)
-    assert time.monotonic() - began < 1.2
+    assert time.monotonic() - began < 10
 
 
 def test_a_manifest_cut_without_a_trace_is_asked_for_again(server: Registry, image: Path, tmp_path: Path) -> None:

@@ -165,10 +165,10 @@ def test_a_list_of_versions_that_leads_back_to_itself_ends() -> None:
     struct.pack_into("<QQ", body, 64 + 32, len(body), len(body))  # PT_LOAD: all of it
     where = bytes(body).index(struct.pack("<QQ", 0x6FFFFFFE, 0x100000))
     struct.pack_into("<Q", body, where + 8, at)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(InputError):
         read_elf(Bytes(bytes(body)))
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_every_beginning_of_a_file_is_read_or_refused(tmp_path: Path) -> None:
@@ -246,6 +246,7 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_every_program_of_debian_loads_what_its_loader_says(debian: Path) -> None:
     tree = opened(f"oci:{DEBIAN}").tree
     view = View(tree)
@@ -481,10 +482,10 @@ def test_a_program_made_to_keep_us_busy_is_refused_soon() -> None:
         tags=((29, 1 + sum(len(n) + 1 for n in names)),),
     )
     draft.put("/bin/x", regular(table, 0o755))
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(InputError, match="200000 paths"):
         libraries(View(draft.tree()), "/bin/x")
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_a_broken_cache_is_no_cache(glibc: Lab) -> None:

@@ -285,6 +285,8 @@ def test_an_inode_may_have_more_attributes_than_can_be_shared(tmp_path: Path) ->
         (device(stat.S_IFCHR, 0o600, 4096, 0), "4095"),
         (device(stat.S_IFBLK, 0o600, 0, 1 << 20), "1048575"),
         (symlink("x" * 4096), "4096"),
+        (symlink(""), "0 bytes"),
+        (symlink("a\0b"), "NUL"),
         (regular(b"", mtime_ns=(1 << 63) * 10**9), "64 bits"),
     ],
 )  # fmt: skip
@@ -413,6 +415,7 @@ with open(sys.argv[2], "wb") as file:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["dax", "packed"])
 def test_a_hundred_thousand_files_take_less_than_200_mb_of_memory(way: str, tmp_path: Path) -> None:
     done, kibibytes = run_measured([sys.executable, "-c", _MEMORY, way, str(tmp_path / "fs")])

@@ -50,8 +50,9 @@ def victims(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     return [(home / name).read_bytes() for name in ("True", "False", "theirs")]
 
 
+@pytest.mark.slow
 @settings(
-    max_examples=1500, deadline=None,
+    max_examples=400, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 @given(chance=st.randoms(use_true_random=False), which=st.integers(0, 2))
@@ -251,6 +252,7 @@ def test_directories_that_share_their_blocks_are_refused_before_they_multiply(tm
         image.read()
 
 
+@pytest.mark.slow
 def test_shared_attributes_cannot_take_all_memory(tmp_path: Path) -> None:
     own = {f"user.{n:03}": b"v" * 60_000 for n in range(4)}
     image_of(draft(**{f"f{n:05}": replace(regular(b""), xattrs=own) for n in range(3000)}), tmp_path / "fs")

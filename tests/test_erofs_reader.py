@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from osbuild import command
 from osbuild.errors import InputError
-from osbuild.filesystem import Volume, erofs, erofs_reader
+from osbuild.filesystem import Volume, erofs, erofs_reader, recognise
 from osbuild.tree import Bytes, Draft, Entry, Slice, Sparse, Spool, Tree, directory, regular, symlink
 from tests.random_trees import random_tree
 
@@ -169,10 +169,10 @@ def test_facts_are_those_of_the_superblock(tmp_path: Path) -> None:
 def test_only_an_erofs_is_recognised(tmp_path: Path) -> None:
     image_of(draft(), tmp_path / "fs")
     head = (tmp_path / "fs").read_bytes()[:4096]
-    assert erofs_reader.recognises(head)
-    assert not erofs_reader.recognises(head[1:] + b"\0")
-    assert not erofs_reader.recognises(bytes(4096))
-    assert not erofs_reader.recognises(b"")
+    assert recognise(head) == "erofs"
+    assert not recognise(head[1:] + b"\0")
+    assert not recognise(bytes(4096))
+    assert not recognise(b"")
 
 
 # What mkfs.erofs wrote

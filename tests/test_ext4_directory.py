@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 import struct
@@ -14,7 +15,7 @@ import pytest
 from osbuild import command
 from osbuild.filesystem import ext4
 from osbuild.filesystem.ext4_directory import half_md4, pack
-from osbuild.tree import Draft, Tree, regular
+from osbuild.tree import Draft, Tree, directory, regular
 from tests.test_ext4 import check, debugfs, write
 
 SEED = uuid.UUID("01234567-89ab-cdef-0123-456789abcdef")
@@ -40,7 +41,7 @@ def tree(count: int, name: str = "name-{}") -> Tree:
     return made.tree()
 
 
-@pytest.mark.parametrize("count", [1, 90, 110, 5_000, 100_000])
+@pytest.mark.parametrize("count", [1, 90, 110, 5_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_any_number_of_names_is_found(count: int, tmp_path: Path) -> None:
     image = tmp_path / "fs"
     name = "a-name-of-some-length-{}-"
@@ -99,3 +100,22 @@ def test_the_hash_seed_is_made_from_the_content(tmp_path: Path) -> None:
 
     assert seed(tree(2)) == seed(tree(2)) != seed(tree(3))
     assert ext4.plan(tree(2), start=0, epoch=0).uuid != ext4.plan(tree(3), start=0, epoch=0).uuid
+
+
+@pytest.mark.parametrize("names", [3, 300, 3000])
+def test_a_plan_with_another_digest_is_the_one_that_was_made_with_it(names: int, tmp_path: Path) -> None:
+    entries = {
+        f"/d/{number:0{1 + number % 50}}": regular(bytes([number % 7]) * (number % 3)) for number in range(names)
+    }
+    tree = Tree({"/": directory(), "/d": directory(), "/e": regular(b"e" * 5000)} | entries)
+    foreseen = ext4.plan(tree, start=1 << 20, epoch=0, digest="00" * 32)
+    for number in range(1, 4):
+        digest = f"{number:02}" * 32
+        written = []
+        for made in (foreseen.with_digest(digest), ext4.plan(tree, start=1 << 20, epoch=0, digest=digest)):
+            with (tmp_path / "a").open("w+b") as file:
+                file.truncate(made.size)
+                made.write(file.fileno(), 0)
+                file.seek(0)
+                written.append((made.size, made.uuid, hashlib.sha256(file.read()).hexdigest()))
+        assert written[0] == written[1]

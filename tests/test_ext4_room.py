@@ -93,7 +93,9 @@ def many(files: int, size: int) -> Tree:
 
 
 @pytest.mark.parametrize("writable", [False, True], ids=["for reading", "to write"])
-@pytest.mark.parametrize(("files", "size"), [(60_000, 0), (3000, 30_000), (26_000, 0)])
+@pytest.mark.parametrize(
+    ("files", "size"), [pytest.param(60_000, 0, marks=pytest.mark.slow), (3000, 30_000), (26_000, 0)]
+)
 def test_the_size_that_a_refusal_names_suffices(files: int, size: int, writable: bool, tmp_path: Path) -> None:
     full = many(files, size)
     with pytest.raises(SpecError) as caught:

@@ -120,6 +120,7 @@ def change(kernel: Kernel, program: bytes, image: Path, ending: str, work: Path)
     return console.read_text(errors="replace")
 
 
+@pytest.mark.slow
 @pytest.mark.boot
 @pytest.mark.timeout(1300)  # an emulated guest among many other processes
 @pytest.mark.parametrize("ending", ["unmount", "cut"])
@@ -153,7 +154,15 @@ def test_a_guest_changes_thousands_of_files_and_leaves_it_clean(
     assert b"".join(found.tree["/larger"].content.chunks()) == b"l" * (12 * MIB)
 
 
-@pytest.mark.parametrize("size", [0, 1 << 30, 20 << 30], ids=["as small as can be", "1 GiB", "20 GiB"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(0, id="as small as can be"),
+        pytest.param(1 << 30, id="1 GiB", marks=pytest.mark.slow),
+        pytest.param(20 << 30, id="20 GiB", marks=pytest.mark.slow),
+    ],
+)
 def test_resize2fs_shrinks_and_grows_it(size: int, tmp_path: Path) -> None:
     image = tmp_path / "fs"
     write(image, Room(writable=True, size=256 * MIB))

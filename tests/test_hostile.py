@@ -198,7 +198,7 @@ def test_a_blob_that_is_no_blob_is_refused(kind: str, tmp_path: Path) -> None:
     refused(f"oci:{tmp_path}/l", manifest["layers"][0]["digest"][7:] if kind != "flipped" else "has the content of")
 
 
-@pytest.mark.parametrize("kind", ["gzip", "zstd"])
+@pytest.mark.parametrize("kind", ["gzip", pytest.param("zstd", marks=pytest.mark.slow)])
 def test_a_decompression_bomb_is_refused(kind: str, tmp_path: Path) -> None:
     """A few MB or KB that would become many GB, if anybody let them."""
     if kind == "gzip":
@@ -252,6 +252,7 @@ def test_a_hostile_archive_is_refused(data: Callable[[], bytes], says: str, tmp_
     refused(f"docker-archive:{tmp_path}/a.tar", says)
 
 
+@pytest.mark.slow
 def test_a_million_empty_files_are_refused_in_little_memory(tmp_path: Path) -> None:
     one = header(name=b"%07d")
     out = io.BytesIO()
@@ -301,5 +302,5 @@ def test_the_tar_of_a_raw_tree_is_the_tree(tmp_path: Path) -> None:
     code, _, err, _ = run(f"oci:{tmp_path}/l", "--tar", str(tmp_path / "out.tar"))
     assert code == 0, err
     with tarfile.open(tmp_path / "out.tar") as tar:
-        assert [info.name for info in tar] == [".", "etc", "etc/a", "etc/b"]
+        assert [info.name for info in tar] == ["etc", "etc/a", "etc/b"]
         assert tar.getmember("etc/b").linkname == "etc/a"

@@ -121,7 +121,7 @@ def kinds(items: list[CacheItem] | tuple[CacheItem, ...]) -> dict[str, int]:
 
 
 LEFT = {"damaged": 3, "leftover": 8, "lock": 1}
-FRESH = {"agent": 1, "base-image": 1, "blob": 1, "kernel": 1, "log": 2, "partial": 1, "tag": 1, "tree": 1}
+FRESH = {"agent": 1, "base-image": 1, "blob": 1, "kernel": 1, "log": 2, "partial": 1, "probe": 1, "tag": 1, "tree": 1}
 SCRATCH = {"scratch": 5}
 
 
@@ -254,7 +254,7 @@ def _to_directory(path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_is_damaged_is_found_and_set_aside(where: str, damage: Callable[[Path], None], cache: Cache) -> None:
-    assert [checked.problem for checked in verify(cache)] == [""] * 5
+    assert [checked.problem for checked in verify(cache)] == [""] * 6
     (path,) = (item.path for item in survey(cache) if item.path.parent == cache.root / "v1" / where
                and item.kind in ("blob", "tag", *housekeeping.ENTRIES))  # fmt: skip
     damage(path)

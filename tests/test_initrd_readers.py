@@ -167,7 +167,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("readers")
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(tree=trees())
 def test_cpio_unpacks_every_field_of_any_tree(tree: Tree, home: Path) -> None:
     made = build_initrd(rootfs_of(tree), home / "any", compress="none")
@@ -176,7 +177,7 @@ def test_cpio_unpacks_every_field_of_any_tree(tree: Tree, home: Path) -> None:
     assert (made.skipped, made.entries) == (sockets, len(tree) - sockets)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(tree=trees())
 def test_bsdtar_lists_every_field_of_any_tree(tree: Tree, home: Path) -> None:
     build_initrd(rootfs_of(tree), home / "listed", compress="none")

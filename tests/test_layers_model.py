@@ -134,7 +134,8 @@ def theirs(image: oci_model.Image) -> tuple[dict[str, dict[str, Any]], list[list
     return found, sorted(sorted(group) for group in groups.values())
 
 
-@settings(max_examples=1500, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.slow
+@settings(max_examples=400, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(stacks())
 def test_any_stack_comes_to_what_the_rules_say_or_is_refused_by_both(layers: list[list[dict[str, Any]]]) -> None:
     packed = [layer(written(members)) for members in layers]
@@ -178,6 +179,7 @@ def unpacked(layers: list[list[dict[str, Any]]], work: Path) -> Path | None:
     return work / "bundle/rootfs" if done.returncode == 0 else None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("umoci") is None or os.geteuid() != 0, reason="needs umoci, and root for its devices")
 def test_umoci_unpacks_what_we_read(tmp_path: Path) -> None:
     same = 0

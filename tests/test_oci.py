@@ -330,10 +330,10 @@ def test_what_parsers_do_not_agree_about_is_refused(text: str, rule: str) -> Non
 
 def test_a_name_twice_among_many_is_found_in_linear_time() -> None:
     names = ",".join(f'"{n}":0' for n in range(300_000))
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(InputError, match="'299999' stands twice"):
         oci.parse_json(f'{{{names},"299999":0}}'.encode(), "here")
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_an_index_that_calls_itself_a_manifest_is_refused() -> None:

@@ -10,10 +10,20 @@ from typing import Any
 import pytest
 
 from osbuild import limits as limits_table
-from osbuild import options
+from osbuild import options, zstd
 from osbuild.errors import SpecError
 from osbuild.limits import Limits
-from osbuild.options import build_spec, disk_spec, image_of, limits, merged, read_config, registry_spec, rootfs_spec
+from osbuild.options import (
+    build_spec,
+    disk_spec,
+    guest_spec,
+    image_of,
+    limits,
+    merged,
+    read_config,
+    registry_spec,
+    rootfs_spec,
+)
 from osbuild.spec import DiskSpec
 
 EVERY = """
@@ -23,6 +33,8 @@ arch = "x86_64"
 limit = ["entries=5"]
 make = "image"
 no-smoke = true
+locked = true
+lock = "ci.lock.json"
 fs = "ext4"
 align = "128M"
 size = "2GiB"
@@ -55,13 +67,18 @@ remove = ["/usr/share/doc"]
 [kernel]
 with = ["xfs"]
 source = "linux.tar.xz"
+keyring = "keys.gpg"
 
 [guest]
 accel = "tcg"
 transport = "serial"
+machine = "q35"
+attach = "virtio-pmem"
+network = "user"
 check = ["agent", "root"]
 memory = 512
 cpus = 2
+guests = 3
 timeout = 9
 
 [registry]
@@ -91,10 +108,13 @@ def test_a_file_can_say_every_word_there_is(tmp_path: Path) -> None:
     assert spec.disk == DiskSpec(
         align=128 << 20, size=2 << 30, free=65536, header=False, verity=True, salt=b"\xc0\xff\xee", format="qcow2"
     )  # fmt: skip
-    assert (spec.features, spec.kernel_source) == (("xfs",), tmp_path / "linux.tar.xz")
+    assert (spec.features, spec.kernel_source) == (("xfs",), str(tmp_path / "linux.tar.xz"))
+    assert spec.keyring == tmp_path / "keys.gpg"
+    assert spec.lock == tmp_path / "ci.lock.json"
     assert spec.limits.entries == 5
     assert (spec.guest.memory_mib, spec.guest.cpus, spec.guest.accel, spec.guest.seconds) == (512, 2, "tcg", 9.0)
     assert (spec.guest.transport, spec.guest.checks) == ("serial", ("agent", "root"))
+    assert (spec.guest.machine, spec.guest.attach) == ("q35", "virtio-pmem")
     assert spec.rootfs.init == "systemd"
     assert spec.rootfs.slim
     assert spec.rootfs.agent == str(tmp_path / "kata-static-agent.tar.zst")
@@ -226,6 +246,15 @@ def test_words_that_mean_nothing_are_refused(reader: Any, words: dict[str, Any])
         ("xyz", "no limit 'xyz'", "--limit help lists them"),
         ("entries=many", "--limit entries: 'many' is not a whole number", "entries=NUMBER"),
         ("entries", "--limit entries: '' is not a whole number", "entries=NUMBER"),
+        ("entries=0", "'0' is not a whole number from 1 to", "entries=NUMBER"),
+        ("image-bytes=9223372036854775808", "from 1 to 9223372036854775807", "image-bytes=NUMBER"),
+        ("name-bytes=256", "--limit name-bytes: '256' is not a whole number from 1 to 255", "name-bytes=NUMBER"),
+        ("path-bytes=4096", "from 1 to 4095", "path-bytes=NUMBER"),
+        ("target-bytes=4096", "from 1 to 4095", "target-bytes=NUMBER"),
+        ("xattr-bytes=65537", "from 1 to 65536", "xattr-bytes=NUMBER"),
+        ("link-hops=256", "from 1 to 255", "link-hops=NUMBER"),
+        ("zstd-window-log=9", "from 10 to 31", "zstd-window-log=NUMBER"),
+        ("zstd-window-log=32", "from 10 to 31", "zstd-window-log=NUMBER"),
     ],
 )
 def test_a_wrong_limit_is_told_what_is_wrong_with_it(text: str, says: str, hint: str) -> None:
@@ -241,6 +270,14 @@ def test_every_limit_says_of_what_it_is_and_in_which_unit() -> None:
         assert limits({"limit": [f"{name}={default}"]}) == Limits()
         assert unit
         assert of_what
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Limits)])
+def test_every_limit_may_be_the_least_and_the_most_that_it_says(field: str) -> None:
+    for number in limits_table.allowed(field):
+        found = limits({"limit": [f"{limits_table.option_name(field)}={number}"]})
+        assert getattr(found, field) == number
+        assert zstd.decompressor(found.zstd_window_log) is not None
 
 
 def test_a_source_may_hold_a_colon() -> None:
@@ -293,3 +330,23 @@ def test_images_that_cannot_be_are_refused_before_anything_is_read(words: dict[s
 
 def test_a_layout_of_1_gib_for_arm64_can_be_asked_for() -> None:
     assert disk_spec({"align": "1G"}).align == 1 << 30
+
+
+def test_who_gives_a_matrix_to_build_is_told_whose_it_is(tmp_path: Path) -> None:
+    (tmp_path / "matrix.toml").write_text('[axes]\nimage = ["oci:x"]\n')
+    with pytest.raises(SpecError, match="'axes' is no word of ours") as caught:
+        read_config(tmp_path / "matrix.toml")
+    assert "osbuilder matrix" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("checks", "says", "hint"),
+    [
+        (("dax,resources",), "no check 'dax,resources'", "--check dax --check resources: one at a time"),
+        (("wings", "dax", "horns"), "no check 'wings', 'horns'", "one of agent.check"),
+    ],
+)
+def test_every_check_that_nobody_knows_is_named(checks: tuple[str, ...], says: str, hint: str) -> None:
+    with pytest.raises(SpecError, match=f"^{says}$") as caught:
+        guest_spec({"check": checks})
+    assert caught.value.hint.startswith(hint)

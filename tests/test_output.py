@@ -17,7 +17,7 @@ import pytest
 
 from osbuild import output
 from osbuild.errors import HostError, SpecError
-from osbuild.output import check_output, digest, flushing, nameless, write_whole, writing
+from osbuild.output import Hashing, check_output, digest, flushing, nameless, write_whole, writing
 
 MIB = 1 << 20
 # Writes an image over what is there, as the command does; argv: the file.
@@ -120,6 +120,7 @@ def test_the_directory_that_cannot_be_synced_is_said_and_the_file_is_whole(tmp_p
     assert hashlib.sha256((tmp_path / "x.img").read_bytes()).hexdigest() == good
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     new = write_image(tmp_path / "x.img").stdout.strip()
     seen = set()
@@ -195,6 +196,31 @@ def test_a_digest_is_that_of_sha256sum_whatever_is_a_hole(tmp_path: Path) -> Non
             os.pwrite(file.fileno(), os.urandom(70_000), offset)
         found = digest(file.fileno())
     assert found == subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def test_the_digest_of_a_file_is_made_while_it_grows(tmp_path: Path) -> None:
+    with nameless(tmp_path) as descriptor, Hashing(descriptor) as hashing:
+        for at in range(0, 3 * MIB, 100_000):
+            os.pwrite(descriptor, os.urandom(70_000), at)  # and holes
+            hashing.upto(at)
+        os.pwrite(descriptor, b"end", 7 * MIB)
+        found, wanted = hashing.finish(), digest(descriptor)
+    assert found == wanted
+
+
+def test_a_digest_that_nobody_asks_for_keeps_nobody_waiting(tmp_path: Path) -> None:
+    with nameless(tmp_path) as descriptor, Hashing(descriptor) as hashing:
+        os.pwrite(descriptor, b"x", 0)
+        hashing.upto(1)
+    assert not hashing._thread.is_alive()
+
+
+def test_a_digest_of_what_cannot_be_read_says_so(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"x")
+    descriptor = os.open(tmp_path / "f", os.O_WRONLY)
+    with Hashing(descriptor) as hashing, pytest.raises(OSError, match="Bad file descriptor"):
+        hashing.finish()
+    os.close(descriptor)
 
 
 def test_what_was_written_is_on_the_disk_after_flushing_or_it_says_so(tmp_path: Path) -> None:

@@ -61,7 +61,12 @@ def there(home: Path) -> Elsewhere:
     return Elsewhere.at(home)
 
 
-@pytest.mark.parametrize("what", COMMANDS)
+SLOW = ("image, qcow2", "image, plain, aligned", "image, xfs", "image, writable", "initrd, lz4")
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=[pytest.mark.slow] if what in SLOW else []) for what in COMMANDS]
+)
 def test_no_privilege_is_asked_for(what: str, there: Elsewhere, home: Path) -> None:
     words = [word.replace("IMAGE", f"oci:{home}/image") for word in COMMANDS[what]]
     work = home / "work"

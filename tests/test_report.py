@@ -7,8 +7,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from lxml import etree
 
+from osbuild import results
 from osbuild.report import Cause, Check, Event, Report, SmokeReport, Verdict, printable
+from osbuild.runtime import accel
 from osbuild.runtime.accel import Accel
 
 NASTY = b'\x1b[31mred\x1b[0m \x1b]0;title\x07 <&"> \x00\x01\xff ]]> \xc3\xa9\r\n'
@@ -48,6 +51,9 @@ def with_verdict(boot: SmokeReport, verdict: Verdict, name: str = "image") -> Sm
         (["passed"], "passed", 0),
         (["passed", "passed"], "passed", 0),
         (["passed", "unknown"], "unknown", 7),
+        (["passed", "skipped"], "passed", 0),
+        (["failed", "skipped"], "failed", 6),
+        (["skipped"], "unknown", 7),
         (["unknown", "failed", "passed"], "failed", 6),
         ([], "unknown", 7),
     ],
@@ -85,6 +91,21 @@ def test_junit_counts_failures_as_failures_and_silence_as_errors(boot: SmokeRepo
     assert "<answer>" in (failure.get("message") or "")
     assert "it <panicked>" in (failure.text or "")
     assert suites[2].find("testcase/error") is not None
+
+
+def test_junit_counts_what_was_left_out_as_skipped_with_its_reason(boot: SmokeReport) -> None:
+    checks = (*boot.checks, Check(name="clock", verdict=Verdict.skipped, detail="there is no \x07 clock"))
+    root = ElementTree.fromstring(Report(boots=(dataclasses.replace(boot, checks=checks),)).to_junit())
+    assert (root.get("tests"), root.get("failures"), root.get("errors")) == ("2", "0", "0")
+    assert [suite.get("skipped") for suite in root.findall("testsuite")] == ["1"]  # of all of them nobody's schema asks
+    (skipped,) = root.findall("testsuite/testcase/skipped")
+    assert skipped.get("message") == "there is no \\x07 clock"
+
+
+def test_what_a_check_measured_is_in_the_json(boot: SmokeReport) -> None:
+    check = dataclasses.replace(boot.checks[0], facts={"cached_kib": 12, "of": ["a", "b"]})
+    said = json.loads(Report(boots=(dataclasses.replace(boot, checks=(check,)),)).to_json())
+    assert said["boots"][0]["checks"][0]["facts"] == {"cached_kib": 12, "of": ["a", "b"]}
 
 
 def test_junit_carries_the_console_with_nothing_a_parser_refuses(boot: SmokeReport) -> None:
@@ -142,6 +163,43 @@ def test_a_second_report_replaces_the_first(boot: SmokeReport, tmp_path: Path) -
     assert json.loads((tmp_path / "smoke" / "report.json").read_text())["verdict"] == "failed"
 
 
+def test_report_json_is_the_last_file_and_an_older_one_the_first_to_go(boot: SmokeReport, tmp_path: Path) -> None:
+    home = tmp_path / "smoke"
+    Report(boots=(boot,)).write(home)
+
+    def page() -> None:
+        assert (home / "junit.xml").exists()
+        assert (home / "image" / "console.log").exists()
+        assert not (home / "report.json").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Report(boots=(boot,)).write(home, page=page)
+    assert not (home / "report.json").exists()
+
+
+@pytest.mark.parametrize("verdict", list(Verdict))
+def test_jenkins_schema_accepts_what_ci_gets(verdict: Verdict, boot: SmokeReport) -> None:
+    boots = (boot, with_verdict(boot, verdict, "b"), with_verdict(boot, Verdict.unknown, "c"))
+    schema = etree.XMLSchema(etree.parse(Path(__file__).parent / "schemas" / "junit-10.xsd"))
+    schema.assertValid(etree.fromstring(Report(boots=boots).to_junit().encode()))
+
+
+def test_jenkins_schema_refuses_what_is_no_report() -> None:
+    schema = etree.XMLSchema(etree.parse(Path(__file__).parent / "schemas" / "junit-10.xsd"))
+    assert not schema.validate(etree.fromstring("<testsuites><testsuite/></testsuites>"))
+
+
+def test_a_kvm_in_disguise_is_said_on_the_terminal(
+    boot: SmokeReport, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results.print_boots(Report(boots=(boot,)), tmp_path)
+    assert "an emulator in disguise" not in capsys.readouterr().out
+    found = accel.decide(accel.Count(seconds=0.1), accel.Count(seconds=None, over=0.5))
+    results.print_boots(Report(boots=(dataclasses.replace(boot, accel=found),)), tmp_path)
+    assert "emulated: /dev/kvm is an emulator in disguise" in capsys.readouterr().out
+
+
 def test_the_command_repeats_the_boot_with_its_console_on_the_terminal(boot: SmokeReport, tmp_path: Path) -> None:
     """A shell reads it back, with a program in QEMU's place that prints its arguments."""
     printer = tmp_path / "print arguments"
@@ -163,11 +221,23 @@ def test_the_command_repeats_the_boot_with_its_console_on_the_terminal(boot: Smo
     [
         ("-device", "vhost-vsock-pci,guest-cid=7,vhostfd=9"),
         ("-chardev", "socket,id=vsock,path=/run/x", "-device", "vhost-user-vsock-pci,chardev=vsock"),
+        ("-netdev", "tap,id=network,fd=9", "-device", "virtio-net-device,netdev=network,mac=02:00:00:00:00:01"),
+        (
+            "-chardev",
+            "socket,id=service,fd=9",
+            "-netdev",
+            "user,id=network,restrict=on",
+            "-device",
+            "virtio-net-pci,netdev=network,mac=02:00:00:00:00:01",
+        ),
+        ("-chardev", "socket,id=monitor,fd=9", "-mon", "chardev=monitor,mode=control"),
     ],
-    ids=["an open file", "another program"],
+    ids=["an open file", "another program", "a tap", "QEMU's network", "a monitor"],
 )
 def test_the_command_leaves_out_what_was_there_for_one_boot_only(device: tuple[str, ...], boot: SmokeReport) -> None:
     command = ("qemu", "-m", "256M", *device, "-nodefaults")
     text = dataclasses.replace(boot, command=command).command_text()
     assert "vsock" not in text
     assert [line.strip(" \\") for line in text.splitlines()[2:]] == ["qemu", "-m 256M", "-nodefaults"]
+    at_the_end = dataclasses.replace(boot, command=("qemu", "-m", "256M", *device)).command_text()
+    assert [line.strip(" \\") for line in at_the_end.splitlines()[2:]] == ["qemu", "-m 256M"]

@@ -326,10 +326,10 @@ def test_slots_that_share_a_blob_do_not_multiply_it() -> None:
     slot = data[32:48]
     for at in range(48, 4096, 16):
         data[at : at + 16] = slot
-    began = time.monotonic()
+    began = time.process_time()
     (note,) = inventory({"/var/lib/rpm/Packages.db": bytes(data)}).notes
     assert "more headers than fit" in note
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def hash_page(
@@ -393,7 +393,7 @@ def test_damage_never_does_more_than_cost_packages(rpm: Rpm, form: str, tmp_path
         "Packages": hash_file(hash_page(1, 2, (KEY, b"\1" + BLOB))),
     }[form]  # fmt: skip
     chance = random.Random(form)
-    began = time.monotonic()
+    began = time.process_time()
     for _ in range(300):
         broken = bytearray(data)
         for _ in range(chance.randint(1, 20)):
@@ -403,7 +403,7 @@ def test_damage_never_does_more_than_cost_packages(rpm: Rpm, form: str, tmp_path
         inventory(
             {f"/var/lib/rpm/{form}": bytes(broken[: chance.randint(1, len(broken)) if chance.random() < 0.2 else None])}
         )
-    assert time.monotonic() - began < 30
+    assert time.process_time() - began < 30
 
 
 @settings(max_examples=200, deadline=1000)

@@ -16,7 +16,7 @@ from osbuild.filesystem import FILESYSTEMS
 from osbuild.initrd import COMPRESSIONS
 from tests.elsewhere import NOBODY, Elsewhere, give_to_nobody, need_root
 
-pytestmark = [pytest.mark.xdist_group("same bytes"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group("same bytes"), pytest.mark.slow, pytest.mark.timeout(900)]
 
 EPOCH = {"SOURCE_DATE_EPOCH": "1700000000"}
 # What is built: every filesystem and every compression, with everything that is made from the tree.

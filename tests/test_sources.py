@@ -163,6 +163,8 @@ def unpack(tree: Tree, root: Path) -> None:
     root.mkdir()
     data = b"".join(tar_writer.archive(tree))
     subprocess.run(["tar", "-xpf", "-", "-C", str(root)], input=data, check=True)
+    if tree["/"].mtime_ns is None:  # then the archive says nothing of it
+        os.utime(root, (0, 0))
 
 
 @pytest.mark.parametrize("transport", ROADS)
@@ -306,7 +308,7 @@ def test_many_small_bombs_are_one_large_one(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(uncompress, "_RATIO_FLOOR", 6 << 20)
     write_layout(tmp_path / "one", [ZEROS], compress=True)
     assert "/zeros" in opened(f"oci:{tmp_path}/one", X86_64).tree
-    write_layout(tmp_path / "two", [ZEROS, ZEROS], compress=True)
+    write_layout(tmp_path / "two", [ZEROS, archive(member("more", bytes(4 << 20)))], compress=True)
     with pytest.raises(InputError, match="a decompression bomb"):
         opened(f"oci:{tmp_path}/two", X86_64)
 
@@ -528,7 +530,10 @@ def _zstd(data: bytes) -> bytes:
 
 def test_whoever_reads_an_image_does_not_load_what_writes_one() -> None:
     """An unchanged archive is to be a tree again in 0.3 s: imports are most of that."""
-    code = "import sys, osbuild.sources; print(*sorted(name for name in sys.modules if name.startswith('osbuild.')))"
+    code = (
+        "import sys; from osbuild.sources import SOURCES; SOURCES['docker-archive'].open_image; "
+        "print(*sorted(name for name in sys.modules if name.startswith('osbuild.')))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "osbuild.sources.archive" in loaded

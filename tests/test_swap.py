@@ -5,28 +5,36 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
+import signal
 import stat
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from osbuild import manifest, pipeline, smoke, swap, verity
+from osbuild import lock, manifest, pipeline, records, smoke, swap, verity
 from osbuild.agent import Agent
 from osbuild.agents import BUILTIN, find_agent
 from osbuild.arch import X86_64
 from osbuild.artifacts import DiskImage, File, Kernel, Rootfs
+from osbuild.begun import Begun
 from osbuild.bootable import Problem
 from osbuild.cache import default_cache
 from osbuild.console import Show
 from osbuild.errors import InputError, SpecError
+from osbuild.kernel import KernelInputs
 from osbuild.report import Verdict
 from osbuild.rootfs import assemble_rootfs
 from osbuild.runtime.base import Machine
 from osbuild.sources.image import SourceImage
 from osbuild.spec import BuildSpec, DiskSpec, RootfsSpec
 from osbuild.subject import open_subject
-from osbuild.tree import Entry, Sparse, Spool, Tree, regular
+from osbuild.tree import Content, Entry, Sparse, Spool, Tree, regular
 from tests.agent_tools import FOREIGN, foreign_agent, rust_agent
 from tests.boot_fixtures import boot_kernel
 from tests.guest_trees import SYSTEMD, make_image
@@ -35,6 +43,7 @@ from tests.layer_tools import member
 __all__ = ["boot_kernel"]  # a fixture
 
 MIB = 1 << 20
+ROOT = Path(__file__).parent.parent
 DISKS = {
     "ext4": DiskSpec(),
     "ext4 with verity": DiskSpec(verity=True),
@@ -124,7 +133,60 @@ def test_a_swapped_image_is_what_a_clean_build_gives(
     assert (tmp_path / "a.img").read_bytes() == before
 
 
-def build_all(source: tuple[SourceImage, str], agent: Agent, disk: DiskSpec, out: Path) -> None:
+def test_the_files_are_written_while_the_image_is_being_proved(
+    source: tuple[SourceImage, str], agents: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(source, find(agents, "own"), DiskSpec(), tmp_path / "a.img")
+    found: list[int] = []
+    there = Begun.there
+
+    def seen(begun: Begun, contents: Iterable[tuple[int, Content]]) -> Mapping[int, Content]:
+        result = there(begun, contents)
+        found.append(sum(content.size for content in result.values()))
+        return result
+
+    monkeypatch.setattr(Begun, "there", seen)
+    swap.swap(tmp_path / "a.img", agents["larger"], default_cache(), disk=DiskSpec())
+    assert found[0] > 6 * MIB  # 3 MiB of the image's, and the agent
+
+
+@pytest.mark.parametrize("disk", [DISKS["ext4 with verity"], DISKS["erofs"]], ids=["ext4", "erofs"])
+def test_files_that_were_written_to_the_wrong_places_are_written_again(
+    disk: DiskSpec,
+    source: tuple[SourceImage, str],
+    agents: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    build(source, find(agents, "own"), disk, tmp_path / "a.img")
+    build(source, find(agents, "kata"), disk, tmp_path / "b.img")
+    contents = swap._contents
+    monkeypatch.setattr(swap, "_contents", lambda plan: [(at + MIB, content) for at, content in contents(plan)])
+    swap.swap(tmp_path / "a.img", agents["kata"], default_cache(), disk=disk)
+    assert (tmp_path / "a.img").read_bytes() == (tmp_path / "b.img").read_bytes()
+
+
+@pytest.mark.parametrize("call", ["copy_file_range", "pwrite64", "fsync", "linkat", "rename"])
+def test_a_swap_that_is_killed_leaves_the_old_image(call: str, agents: dict[str, str], tmp_path: Path) -> None:
+    image = make_image(tmp_path / "i", member("etc/x", b"x" * 300_000))
+    home = tmp_path / "home"
+    home.mkdir()
+    build((image, "agent"), find(agents, "own"), DiskSpec(), home / "a.img")
+    before = (home / "a.img").read_bytes()
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("strace is not installed")
+    killed = [strace, "-f", "-qqq", "-o", "/dev/null", "-e", f"inject={call}:signal=KILL:when=1"]
+    words = ["-m", "osbuild", "agent", "swap", str(home / "a.img"), agents["larger"]]
+    done = subprocess.run([*killed, sys.executable, *words], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (home / "a.img").read_bytes() == before
+    again = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, check=False)
+    assert again.returncode == 0
+    assert os.listdir(home) == ["a.img"]  # what was left under another name goes, too
+
+
+def build_all(source: tuple[SourceImage, str], agent: Agent, disk: DiskSpec, out: Path, given: str = BUILTIN) -> None:
     """A build's directory, as `pipeline.build` leaves it, but for a kernel of a few bytes."""
     out.mkdir()
     for name in ("vmlinux", "vmlinuz", "config"):
@@ -139,12 +201,13 @@ def build_all(source: tuple[SourceImage, str], agent: Agent, disk: DiskSpec, out
         key="0",
         cached=True,
     )
-    spec = BuildSpec(image="oci:x", out=out, arch=X86_64, disk=disk, rootfs=RootfsSpec(init=source[1]))
+    spec = BuildSpec(image="oci:x", out=out, arch=X86_64, disk=disk, rootfs=RootfsSpec(init=source[1], agent=given))
     rootfs, show = rootfs_of(source, agent), Show(quiet=True)
     image = pipeline.make_image(spec, rootfs, out / "rootfs.img", show)
     initrd = pipeline.make_initrd(spec, rootfs, out / "initrd.img", show)
-    manifest.write_lock(out, spec, rootfs, kernel, source[0])
-    manifest.write(out, rootfs, kernel, {"image": image, "initrd": initrd}, source[0])
+    inputs = lock.describe(spec, source[0], rootfs, KernelInputs(key="0", inputs={}, fragments={}))
+    document = manifest.describe(rootfs, kernel, {"image": image, "initrd": initrd}, source[0])
+    records.write(out, document, inputs, source[0].tree, ())
 
 
 def test_all_of_a_build_changes_with_its_agent(
@@ -154,7 +217,7 @@ def test_all_of_a_build_changes_with_its_agent(
     disk = DiskSpec(verity=True, align=8 * MIB, free=MIB)
     build_all(source, find(agents, "own"), disk, tmp_path / "a")
     (tmp_path / "a" / "smoke").mkdir()
-    build_all(source, find(agents, "kata"), disk, tmp_path / "b")
+    build_all(source, find(agents, "kata"), disk, tmp_path / "b", agents["kata"])
     swap.swap(tmp_path / "a" / "rootfs.img", agents["kata"], default_cache())
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab")
     assert one == two
@@ -205,6 +268,23 @@ def test_options_that_it_was_not_made_with_are_refused(plain: Path, agents: dict
     refused(plain, agents["kata"], "made with other options", DiskSpec(size=2 * MIB * 4))
 
 
+@pytest.mark.parametrize(
+    ("disk", "word"),
+    [
+        (DiskSpec(align=8 * MIB, filesystem="erofs"), "--fs"),
+        (DiskSpec(align=8 * MIB, header=False), "--no-dax-header"),
+        (DiskSpec(align=8 * MIB, format="qcow2"), "--format"),
+    ],
+)
+def test_a_wish_for_another_image_is_refused_and_not_passed_over(
+    plain: Path, agents: dict[str, str], disk: DiskSpec, word: str
+) -> None:
+    before = plain.read_bytes()
+    with pytest.raises(SpecError, match=f"{word}: .* a swap changes nothing but the agent"):
+        swap.swap(plain, agents["kata"], default_cache(), disk=disk)
+    assert plain.read_bytes() == before
+
+
 def test_an_image_that_somebody_changed_is_refused(plain: Path, agents: dict[str, str]) -> None:
     data = bytearray(plain.read_bytes())
     at = data.find(b"x" * 5000)
@@ -214,6 +294,67 @@ def test_an_image_that_somebody_changed_is_refused(plain: Path, agents: dict[str
     data[3 * MIB + 1024 + 0x78] ^= 1  # the UUID, in the superblock: its checksum is wrong
     plain.write_bytes(data)
     refused(plain, agents["kata"], "damaged")
+
+
+@pytest.mark.parametrize("vouched", [True, False], ids=["root hash known", "root hash unknown"])
+def test_blocks_that_stay_are_hashed_again_only_if_nobody_vouches_for_their_digests(
+    vouched: bool,
+    source: tuple[SourceImage, str],
+    agents: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = (dataclasses.replace(source[0], tree=without(source[0].tree, "/srv/socket")), source[1])
+    build_all(source, find(agents, "own"), DiskSpec(verity=True), tmp_path / "a")
+    path, out = tmp_path / "a/rootfs.img", tmp_path / "b.img"
+    if not vouched:
+        path = path.rename(tmp_path / "alone.img")
+    read: list[tuple[int, int]] = []
+    real = verity._hashed
+
+    def hashed(descriptor: int, start: int, length: int, salt: bytes, hole: bytes) -> bytes:
+        read.append((start, start + length))
+        return real(descriptor, start, length, salt, hole)
+
+    monkeypatch.setattr(verity, "_hashed", hashed)
+    swap.swap(path, agents["kata"], default_cache(), out=out)
+    filesystem = open_subject(out).filesystems[0]
+
+    def places(name: str) -> tuple[int, int]:
+        ((offset, _),) = filesystem.volume.places[name].extents
+        start = filesystem.partition.start + offset
+        return start, start + int(name.rpartition("/")[2]) // verity.BLOCK * verity.BLOCK
+
+    for name in ("/srv/70000", "/srv/3145728", "/srv/4097"):
+        start, last = places(name)
+        assert any(begin < last and start < end for begin, end in read) is not vouched, name
+    start, _ = places("/srv/100")  # the rest of a block is nobody's
+    assert any(begin <= start < end for begin, end in read)
+
+
+def test_a_tree_of_digests_of_other_data_is_not_vouched_for_by_a_new_root_hash(
+    source: tuple[SourceImage, str], agents: dict[str, str], tmp_path: Path
+) -> None:
+    """It agrees with itself, up to a root hash that nobody knows; the new one is the clean build's."""
+    made = build(source, find(agents, "own"), DiskSpec(verity=True), tmp_path / "a.img")
+    clean = build(source, find(agents, "kata"), DiskSpec(verity=True), tmp_path / "b.img")
+    assert made.verity is not None
+    size, tree = made.verity.blocks * verity.BLOCK, tree_of(made.file.path)
+    evil = bytearray(made.file.path.read_bytes())
+    filesystem = open_subject(made.file.path).filesystems[0]
+    start = filesystem.partition.start
+    block = start + filesystem.volume.places["/srv/3145728"].extents[0][0] + 5 * verity.BLOCK
+    whole = bytes(evil[start : start + size])
+    evil[block] ^= 1
+    (tmp_path / "c.img").write_bytes(evil)
+    with (tmp_path / "c.img").open("r+b") as file:
+        other = verity.hash_tree(file.fileno(), start, size, verity.DEFAULT_SALT, file.fileno(), tree)
+        file.seek(start)
+        file.write(whole)  # as it was, under a tree that expects something else
+    assert other.hex() != made.verity.root_hash
+    done = swap.swap(tmp_path / "c.img", agents["kata"], default_cache(), disk=DiskSpec(verity=True))
+    assert (tmp_path / "c.img").read_bytes() == clean.file.path.read_bytes()
+    assert done.image.verity == clean.verity
 
 
 @pytest.mark.parametrize("level", ["the digests of the data", "the level above"])

@@ -76,13 +76,13 @@ def complaints(console: str) -> list[str]:
     )
 
 
-@pytest.mark.parametrize("slim", [False, True], ids=["whole", "slim"])
+@pytest.mark.parametrize("slim", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "slim"])
 def test_systemd_starts_the_agent_from_a_dax_image(
     slim: bool, debian: SourceImage, agent: File, boot: Boot, tmp_path: Path
 ) -> None:
     rootfs = assemble_rootfs(debian, agent, epoch=0, wishes=RootfsSpec(init="systemd", slim=slim))
     report = boot(dax_image(rootfs, tmp_path / "rootfs.img"), rootfs)
-    assert report.verdict is Verdict.passed, report
+    assert report.verdict is Verdict.passed, report.reason
     assert details(report)["agent.details"].startswith("a service"), "GetGuestDetails says init_daemon=false"
     assert "dax=always" in details(report)["root"]
     console = console_of(report)
@@ -94,13 +94,15 @@ def test_systemd_starts_the_agent_from_a_dax_image(
     assert (journal is None) == slim
 
 
+@pytest.mark.slow
 def test_systemd_starts_the_agent_from_an_initramfs(rootfs: Rootfs, boot: Boot, tmp_path: Path) -> None:
     report = boot(build_initrd(rootfs, tmp_path / "initrd"), rootfs)
-    assert report.verdict is Verdict.passed, report
+    assert report.verdict is Verdict.passed, report.reason
     assert details(report)["agent.details"].startswith("a service")
     assert complaints(console_of(report)) == []
 
 
+@pytest.mark.slow
 def test_the_agent_is_started_when_nobody_names_its_target(rootfs: Rootfs, boot: Boot, tmp_path: Path) -> None:
     # Kata's Go runtime gives an initramfs no systemd.unit=.
     initrd = dataclasses.replace(build_initrd(rootfs, tmp_path / "initrd"), words=())
@@ -111,6 +113,7 @@ def test_the_agent_is_started_when_nobody_names_its_target(rootfs: Rootfs, boot:
     assert re.search(r"Reached target .*A guest that runs containers", console_of(report))
 
 
+@pytest.mark.slow
 def test_a_container_of_the_service_has_limits_and_takes_nobody_with_it_when_it_meets_them(
     debian: SourceImage, agent: File, boot_kernel: Kernel, tmp_path: Path
 ) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from osbuild.content import digests
 from osbuild.errors import InputError
-from osbuild.tree import Bytes, Draft, Slice, Sparse, Spool, Tree, directory, regular, symlink
+from osbuild.tree import Bytes, Content, Draft, Slice, Sparse, Spool, Tree, directory, regular, symlink
 
 
 def test_a_tree_is_sorted_and_has_a_root() -> None:
@@ -178,3 +181,38 @@ def test_more_ways_than_are_remembered_all_lead_right() -> None:
         for number in range(700):
             draft.put(f"/d{number}/{turn}", regular(b""))
     assert len(draft.tree()) == 1 + 3 * 700
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("/a", "/a/b", "/a/b/c", "/b", "/c"),
+        ("/a/b/c", "/b"),  # nobody made the directories
+        ("/a", "/a/b", "/a/b/c", "/l/b", "/z"),  # what goes through the link takes a directory away
+        ("/a", "/a/b", "/a/b/l2/x", "/a/b/z"),
+    ],
+)
+def test_a_copy_is_what_each_path_by_itself_gives(paths: tuple[str, ...]) -> None:
+    entries = {path: regular(path.encode()) for path in paths}
+    entries |= {path: directory() for path in paths if any(other.startswith(path + "/") for other in paths)}
+    entries |= {"/": directory(), "/l": symlink("/a"), "/a/b/l2": symlink("/a")}
+    tree = Tree(entries)
+    draft = Draft()
+    for path, entry in tree.items():
+        draft.put(path, entry)
+    assert dict(tree.edit().tree()).keys() == dict(draft.tree()).keys()
+    assert tree.edit().tree().digest() == draft.tree().digest()
+
+
+def test_contents_that_are_read_together_have_the_digests_that_each_has_alone() -> None:
+    source = random.Random(1)
+    spools = [Spool(), Spool()]
+    for spool in spools:
+        spool.append(source.randbytes(3 << 20))
+    contents: list[Content] = [Bytes(b"x"), Slice(spools[0], 0, 1 << 20), Slice(spools[0], 5, 0)]
+    for _ in range(500):
+        size = source.choice((0, 1, 4095, 4096, 70_000, 200_000))
+        contents.append(Slice(source.choice(spools), source.randrange(2 << 20), size))
+    known: dict[Content, bytes] = {}
+    digests(contents, known)
+    assert known == {content: hashlib.sha256(b"".join(content.chunks())).digest() for content in contents}

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from osbuild import command, smoke, verity
 from osbuild.artifacts import DiskImage, File, Kernel, Rootfs
@@ -54,6 +56,39 @@ def flip(path: Path, offset: int) -> None:
         (was,) = file.read(1)
         file.seek(offset)
         file.write(bytes([was ^ 1]))
+
+
+# --- digests that are known already ---
+
+
+RUNS = st.lists(st.tuples(st.integers(0, 1100), st.integers(1, 700)), max_size=6)
+
+
+@given(blocks=st.integers(1, 1100), runs=RUNS)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_tree_with_digests_of_another_is_the_same_tree(
+    blocks: int, runs: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    data, other, mixed = (tmp_path / name for name in ("data", "other", "mixed"))
+    data.write_bytes(b"".join(number.to_bytes(4, "little") * (BLOCK // 4) for number in range(blocks)))
+    expected = hashed(data, other)
+    level = verity.first_level(blocks * BLOCK)
+    kept, at = [], 0
+    for start, length in sorted(runs):
+        begin, end = max(start, at), min(start + length, blocks)
+        if begin < end and level is not None:
+            kept.append((begin * BLOCK, (end - begin) * BLOCK, level + begin * verity.DIGEST))
+            at = end
+    damaged = bytearray(data.read_bytes())  # nobody reads what is known
+    for offset, size, _ in kept:
+        damaged[offset : offset + size] = bytes(size)
+    data.write_bytes(damaged)
+    with data.open("rb") as source, other.open("rb") as old, mixed.open("w+b") as target:
+        target.truncate(tree_size(blocks * BLOCK))
+        known = verity.Known(old.fileno(), kept)
+        root = hash_tree(source.fileno(), 0, blocks * BLOCK, SALT, target.fileno(), 0, known)
+    assert root.hex() == expected
+    assert mixed.read_bytes() == other.read_bytes()
 
 
 # --- veritysetup ----------------------------------------------------------------------------------------------------
@@ -194,7 +229,7 @@ def test_a_root_behind_verity_boots(kind: str, pmem: bool, boot: Boot, boot_root
 
 
 @pytest.mark.boot
-@pytest.mark.parametrize("file_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("file_format", ["raw", pytest.param("qcow2", marks=pytest.mark.slow)])
 def test_a_plain_disk_boots_with_and_without_verity(
     file_format: str, boot: Boot, boot_rootfs: Rootfs, tmp_path: Path
 ) -> None:

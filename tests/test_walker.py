@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from osbuild.arch import X86_64
 from osbuild.artifacts import File, Initrd, Kernel, Rootfs
-from osbuild.cache import default_cache
 from osbuild.filesystem import FILESYSTEMS
 from osbuild.initrd import COMPRESSIONS, build_initrd
-from osbuild.kernel import build_kernel, default_spec
 from osbuild.nvdimm_image import DATA_OFFSET, FILESYSTEM_START, build_nvdimm_image, pfn_superblock
 from osbuild.rootfs import assemble_rootfs
 from osbuild.runtime.base import Machine
 from osbuild.spec import RootfsSpec
 from osbuild.tree import Bytes, Draft, Entry, Tree, regular
-from tests.boot_fixtures import boot_kernel
+from tests.boot_fixtures import boot_kernel, other_kernel
 from tests.layer_tools import opened
 from tests.random_trees import forest, random_tree
 from tests.test_xfs import every_kind
@@ -80,7 +79,12 @@ def complain(found: Sequence[str]) -> None:
     assert not found, f"{len(found)} differences:\n" + "\n".join(found[:20])
 
 
-@pytest.mark.parametrize("view", ["nvdimm", "virtio-pmem", "virtio-blk", "plain"])
+def _slow_but(quick: str, names: Iterable[str]) -> list[ParameterSet]:
+    """Each of these guests takes some fifteen seconds."""
+    return [pytest.param(name, marks=[] if name == quick else [pytest.mark.slow]) for name in names]
+
+
+@pytest.mark.parametrize("view", _slow_but("nvdimm", ["nvdimm", "virtio-pmem", "virtio-blk", "plain"]))
 @pytest.mark.parametrize("kind", ["ext4", "erofs"])
 def test_the_kernel_sees_the_tree_that_was_written(
     kind: str, view: str, boot_kernel: Kernel, walker: bytes, woods: Tree, tmp_path: Path
@@ -94,6 +98,7 @@ def test_the_kernel_sees_the_tree_that_was_written(
     assert found.facts["name"] == 255
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ext4", "erofs"])
 def test_the_kernel_sees_all_of_debian(
     kind: str, boot_kernel: Kernel, walker: bytes, debian: Rootfs, tmp_path: Path
@@ -108,7 +113,7 @@ def test_the_kernel_sees_all_of_debian(
 @pytest.mark.parametrize("view", ["nvdimm", "plain"])
 def test_the_kernel_sees_the_tree_in_an_xfs(view: str, boot_kernel: Kernel, walker: bytes, tmp_path: Path) -> None:
     del boot_kernel  # it knows no XFS; but where it can be had, so can the other
-    kernel = build_kernel(default_spec(X86_64, features=("xfs",)), default_cache())
+    kernel = other_kernel(X86_64, "xfs")
     tree = every_kind()
     found = walk_image(kernel, walker, tree, "xfs", view, tmp_path)
     complain(differences(tree, found, replace(KEEPS["xfs"], dax=view == "nvdimm")))
@@ -136,7 +141,8 @@ def guest_of(kernel: Kernel, rootfs: Rootfs, work: Path, compress: str, memory_m
     return Machine(kernel=kernel, root=initrd, memory_mib=memory_mib)
 
 
-@pytest.mark.parametrize("compress", COMPRESSIONS)
+@pytest.mark.slow
+@pytest.mark.parametrize("compress", _slow_but("zstd", COMPRESSIONS))
 def test_the_kernel_unpacks_the_tree_that_was_packed(
     compress: str, boot_kernel: Kernel, walker: bytes, woods: Tree, tmp_path: Path
 ) -> None:
@@ -144,6 +150,7 @@ def test_the_kernel_unpacks_the_tree_that_was_packed(
     complain(differences(woods, walk_initrd(guest, woods, walker, tmp_path), unpacked(boot_kernel)))
 
 
+@pytest.mark.slow
 def test_the_kernel_unpacks_all_of_debian(boot_kernel: Kernel, walker: bytes, debian: Rootfs, tmp_path: Path) -> None:
     guest = guest_of(boot_kernel, debian, tmp_path, "zstd", 1024)
     complain(differences(debian.tree, walk_initrd(guest, debian.tree, walker, tmp_path), unpacked(boot_kernel)))
@@ -176,9 +183,14 @@ def pack(kind: str, trees: Sequence[Tree], path: Path) -> list[tuple[int, int]]:
     return places
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(LONG + 100)
-@pytest.mark.parametrize("dax", [True, False], ids=["nvdimm", "virtio-blk"])
+@pytest.mark.parametrize(
+    "dax",
+    [
+        pytest.param(True, id="nvdimm", marks=pytest.mark.slow),
+        pytest.param(False, id="virtio-blk", marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("kind", ["ext4", "erofs"])
 def test_no_writers_bug_survives_a_thousand_trees(
     kind: str, dax: bool, boot_kernel: Kernel, walker: bytes, tmp_path: Path

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from osbuild.arch import X86_64
 from osbuild.errors import InputError, SpecError
-from osbuild.spec import RootfsSpec
+from osbuild.kernel_steps import check_modules
+from osbuild.spec import BuildSpec, RootfsSpec
 from osbuild.tree import quote
+from osbuild.wishes import check_policy
 from tests.guest_trees import SYSTEMD, add, assemble, text
 from tests.layer_tools import folder, link, member
 
@@ -286,3 +289,26 @@ def test_a_policy_of_the_default_name_is_no_link_to_itself(tmp_path: Path) -> No
 def test_a_file_that_is_no_policy_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="says its package"):
         assemble(tmp_path, member("a"), policy=put(tmp_path / "x.rego", "allow = true\n"))
+
+
+def test_a_policy_that_nobody_would_obey_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="the built-in agent obeys no policy") as refused:
+        check_policy(RootfsSpec(policy=tmp_path / "p.rego"))
+    assert "leave --policy out" in refused.value.hint
+    check_policy(RootfsSpec(policy=tmp_path / "p.rego", agent="kata-agent"))
+    check_policy(RootfsSpec())
+
+
+def test_modules_for_a_kernel_that_loads_none_are_refused(tmp_path: Path) -> None:
+    def given(*features: str) -> BuildSpec:
+        return BuildSpec(
+            image="oci:x", out=tmp_path, arch=X86_64, features=features, rootfs=RootfsSpec(modules=tmp_path / "m")
+        )
+
+    with pytest.raises(SpecError, match="the kernel of this build loads no modules") as refused:
+        check_modules(given())
+    assert "--with gpu" in refused.value.hint
+    with pytest.raises(SpecError, match="loads no modules"):
+        check_modules(given("xfs"))
+    check_modules(given("gpu"))
+    check_modules(BuildSpec(image="oci:x", out=tmp_path, arch=X86_64))

@@ -45,18 +45,18 @@ def config(**fields: Any) -> ImageConfig:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", User(uid=0, gid=0)),
-        ("root", User(uid=0, gid=0)),
-        ("web", User(uid=33, gid=33, additional_gids=(50,))),
-        ("app", User(uid=1000, gid=1001, additional_gids=(29, 50))),
-        ("1000", User(uid=1000, gid=1001, additional_gids=(29, 50))),
-        ("app:staff", User(uid=1000, gid=50)),
-        ("app:7", User(uid=1000, gid=7)),
-        ("1000:staff", User(uid=1000, gid=50)),
-        ("5:6", User(uid=5, gid=6)),
-        ("5", User(uid=5, gid=0)),
-        (":staff", User(uid=0, gid=50)),
-        ("0", User(uid=0, gid=0)),
+        ("", User(uid=0, gid=0, additional_gids=(0,))),
+        ("root", User(uid=0, gid=0, additional_gids=(0,))),
+        ("web", User(uid=33, gid=33, additional_gids=(33, 50))),
+        ("app", User(uid=1000, gid=1001, additional_gids=(29, 50, 1001))),
+        ("1000", User(uid=1000, gid=1001, additional_gids=(29, 50, 1001))),
+        ("app:staff", User(uid=1000, gid=50, additional_gids=(50,))),
+        ("app:7", User(uid=1000, gid=7, additional_gids=(7,))),
+        ("1000:staff", User(uid=1000, gid=50, additional_gids=(50,))),
+        ("5:6", User(uid=5, gid=6, additional_gids=(6,))),
+        ("5", User(uid=5, gid=0, additional_gids=(0,))),
+        (":staff", User(uid=0, gid=50, additional_gids=(50,))),
+        ("0", User(uid=0, gid=0, additional_gids=(0,))),
     ],
 )
 def test_a_user_becomes_numbers(text: str, expected: User) -> None:
@@ -70,7 +70,7 @@ def test_a_user_or_group_that_is_not_there_is_refused(text: str) -> None:
 
 
 def test_numbers_need_no_passwd() -> None:
-    assert find_user("7:8", Draft()) == User(uid=7, gid=8)
+    assert find_user("7:8", Draft()) == User(uid=7, gid=8, additional_gids=(8,))
     with pytest.raises(InputError):
         find_user("app", Draft())
 
@@ -88,6 +88,12 @@ def test_a_path_of_the_images_own_is_the_only_one() -> None:
     assert found is not None
     assert found.env == ("PATH=/mine", "B=2")
     assert found.cwd == "/"
+
+
+def test_a_variable_has_its_last_value_and_one_without_a_value_is_none() -> None:
+    found = workload(config(Cmd=["x"], Env=["A=1", "PATH=/old", "B", "A=2", "=c", "PATH=/mine", "D="]), Draft())
+    assert found is not None
+    assert found.env == ("A=2", "PATH=/mine", "D=")
 
 
 @pytest.mark.parametrize("fields", [{}, {"Entrypoint": None, "Cmd": None}, {"Entrypoint": [], "User": "nobody"}])
@@ -148,7 +154,7 @@ def test_the_description_is_in_the_guest_and_follows_links_inside_it_only(tmp_pa
     assert found["ociVersion"] == "1.0.2"
     assert found["process"] == {
         "terminal": False,
-        "user": {"uid": 1000, "gid": 1001, "additionalGids": [29, 50]},
+        "user": {"uid": 1000, "gid": 1001, "additionalGids": [29, 50, 1001]},
         "args": ["/bin/app"],
         "env": [DEFAULT_PATH],
         "cwd": "/",

@@ -116,6 +116,7 @@ def test_two_runs_are_the_same_bytes_at_different_times(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+@pytest.mark.slow
 def test_many_inodes_need_more_than_one_level(tmp_path: Path) -> None:
     entries = {f"/d{number % 7}/{number}": regular(b"", mtime_ns=number) for number in range(70_000)}
     made(tree(entries), tmp_path / "fs")
@@ -133,6 +134,7 @@ def test_many_inodes_need_more_than_one_level(tmp_path: Path) -> None:
         ({"/$": regular(b"")}, "cannot be told this name"),
         ({"/:x": directory()}, "cannot be told this name"),
         ({"/l": symlink("two words")}, "cannot be told the target"),
+        ({"/l": symlink("t" * 1025)}, "1025 bytes, not 1 to 1024"),
         ({"/x": Entry(mode=stat.S_IFREG | 0o644, xattrs={"user.k": b"v"})}, "no extended attributes"),
         (dict.fromkeys(("/one", "/two"), regular(b"x")), "'/one' and '/two': mkfs.xfs makes no hard links"),
     ],

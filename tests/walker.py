@@ -152,11 +152,12 @@ def _boot(machine: Machine, more: Sequence[str], work: Path, pmem: str, count: i
     console, answer = work / "console.log", work / "answer.json"
     with tempfile.TemporaryDirectory(prefix="walker-") as run:
         machine = Machine(
-            kernel=machine.kernel, root=machine.root, memory_mib=machine.memory_mib, words=(f"rdinit={HOME}/init",)
-        )
+            kernel=machine.kernel, root=machine.root, memory_mib=machine.memory_mib, words=(f"rdinit={HOME}/init",),
+            attach=pmem if pmem == "virtio-pmem" else "auto",
+        )  # fmt: skip
         options = qemu.arguments(machine, console=console, agent=Path(run) / "agent", accel=chosen.name)
         port = ("-chardev", f"file,id=walker,path={answer}", "-device", "virtserialport,chardev=walker,name=walker")
-        argv = [_as_pmem(option, pmem) for option in (*options, *port, *more)]
+        argv = [*options, *port, *more]
         with (work / "qemu.log").open("wb") as log:
             subprocess.run(
                 [program, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True, timeout=seconds
@@ -176,10 +177,6 @@ def _take_alarms(walks: Sequence[Walk], console: str) -> None:
             number = int(line.partition(_JOB)[2])
         elif _ALARM.search(line) and not _CALM.search(line):
             walks[number].errors.append(f"the kernel: {line.strip()}")
-
-
-def _as_pmem(option: str, pmem: str) -> str:
-    return "virtio-pmem-pci,memdev=root" if pmem == "virtio-pmem" and option.startswith("nvdimm,") else option
 
 
 # Reading the answer

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -158,7 +159,7 @@ def parse_metrics(text: str) -> dict[str, float]:
     return found
 
 
-def rss(samples: dict[str, float]) -> float:
+def rss(samples: Mapping[str, float]) -> float:
     """Bytes of memory that the agent has."""
     return samples.get("kata_agent_total_rss", 0.0)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from types import MappingProxyType
+from typing import Final, Protocol, runtime_checkable
 
-from osbuild.tree import Tree
+from osbuild.errors import InputError
+from osbuild.tree import NAME_MAX, PATH_MAX, Content, Entry, Tree, quote
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +21,25 @@ class Room:
 
 
 NO_ROOM: Final = Room()
+NOTHING: Final[Mapping[int, Content]] = MappingProxyType({})
+
+
+def encode_name(name: str, path: str) -> bytes:
+    """The last name of a path as a directory holds it; InputError when Linux has no such names."""
+    encoded = name.encode(errors="surrogateescape")
+    if len(encoded) > NAME_MAX:
+        raise InputError(f"{quote(path[:200])}…: a name of {len(encoded)} bytes; Linux has names of up to {NAME_MAX}")
+    return encoded
+
+
+def encode_target(entry: Entry, path: str, most: int = PATH_MAX) -> bytes:
+    """Where a symbolic link leads; InputError when nobody could follow it."""
+    target = entry.target.encode(errors="surrogateescape")
+    if not 0 < len(target) <= most:
+        raise InputError(f"{quote(path)}: a symbolic link to a path of {len(target)} bytes, not 1 to {most}")
+    if b"\0" in target:
+        raise InputError(f"{quote(path)}: a symbolic link to a path with a NUL byte")
+    return target
 
 
 class Plan(Protocol):
@@ -36,8 +57,30 @@ class Plan(Protocol):
     def skipped(self) -> tuple[str, ...]:
         """Paths that are not in it: sockets, on which nothing listens in an image."""
 
-    def write(self, descriptor: int, offset: int) -> None:
-        """Write it at `offset` of an open file that reads as zeros there."""
+    @property
+    def contents(self) -> Iterable[tuple[int, Content]]:
+        """Contents that lie in blocks of their own, each with its byte offset, in order; none where nobody can say."""
+
+    def write(
+        self,
+        descriptor: int,
+        offset: int,
+        done: Callable[[int], None] | None = None,
+        there: Mapping[int, Content] = NOTHING,
+    ) -> None:
+        """Write it at `offset` of an open file that reads as zeros there.
+
+        done: may be told now and then, by an offset in the file, up to where its bytes are final; it never goes back.
+        there: those of `contents` that the file has already, by their offsets: all of them, or none.
+        """
+
+
+@runtime_checkable
+class Foreseen(Plan, Protocol):
+    """A plan whose tree need not be gone through again when its digest is known."""
+
+    def with_digest(self, digest: str) -> Plan:
+        """The plan of the same tree with this digest; the other one must not be written any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,16 +23,17 @@ import bisect
 import stat
 import struct
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from osbuild.errors import InputError, SpecError
 from osbuild.filesystem import erofs_format as disk
-from osbuild.filesystem.base import NO_ROOM, Room
+from osbuild.filesystem.base import NO_ROOM, NOTHING, Room, encode_name, encode_target
 from osbuild.filesystem.erofs_format import BLOCK
 from osbuild.filesystem.erofs_xattrs import SharedXattrs, count_field
-from osbuild.tree import PATH_MAX, Bytes, Content, Entry, Slice, Sparse, Tree, quote, without_sockets, write_all
+from osbuild.filesystem.pieces import write_pieces
+from osbuild.tree import Bytes, Content, Entry, Slice, Sparse, Tree, quote, without_sockets
 
 HUGE: Final = 2 << 20  # what DAX maps with one page table entry
 _HUGE_BITS: Final = 21
@@ -43,8 +44,6 @@ _MAJOR_MAX: Final = 0xFFF  # of a device
 _MINOR_MAX: Final = 0xFFFFF
 _BLOCKS_MAX: Final = 1 << 32
 _SECOND: Final = 1_000_000_000
-_BUFFER: Final = 1 << 20
-_SMALL: Final = 1 << 16  # files up to here are written together with their neighbours
 
 _Piece = tuple[int, bytes | Content]  # byte offset, what lies there
 
@@ -54,14 +53,14 @@ def mount_words(*, dax: bool) -> tuple[str, ...]:
     return ("rootflags=dax", "ro", "rootfstype=erofs") if dax else ("rootflags=ro", "rootfstype=erofs")
 
 
-def plan(tree: Tree, *, start: int, epoch: int, dax: bool = True, room: Room = NO_ROOM) -> Plan:
+def plan(tree: Tree, *, start: int, epoch: int, dax: bool = True, room: Room = NO_ROOM, digest: str = "") -> Plan:
     """Lay a tree out; InputError for what erofs cannot hold. `start` is a multiple of 4096."""
     if room != NO_ROOM:
         raise SpecError(
             "erofs is read-only and as large as its contents: it has no room to write, and none that is free",
             hint="ask for no room, or take ext4",
         )
-    return _Layout(tree, start // BLOCK, epoch, dax=dax).finish()
+    return _Layout(tree, start // BLOCK, epoch, digest or without_sockets(tree).digest(), dax=dax).finish()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,50 +72,22 @@ class Plan:
     skipped: tuple[str, ...]  # paths that are not in it: sockets
     pieces: Sequence[_Piece]  # in order, apart
 
-    def write(self, descriptor: int, offset: int) -> None:
-        """Write everything at `offset` of a file that reads as zeros there."""
-        run = _Run(descriptor, offset)
+    @property
+    def contents(self) -> Iterator[tuple[int, Content]]:
+        """Files, but for the tails that lie beside their inodes: those begin inside a block."""
         for at, piece in self.pieces:
-            if isinstance(piece, bytes):
-                run.add(at, piece)
-            elif piece.size > _SMALL or (
-                isinstance(piece, Sparse) and piece.size >= BLOCK
-            ):  # no end in an inode's block
-                piece.copy_to(descriptor, offset + at)
-            else:
-                run.add(at, _whole(piece))
-        run.flush()
+            if at % BLOCK == 0 and not isinstance(piece, bytes | bytearray):
+                yield at, piece
 
-
-class _Run:
-    """Pieces that lie beside each other, written together; what keeps them apart in a block is zeros."""
-
-    def __init__(self, descriptor: int, offset: int) -> None:
-        self._descriptor = descriptor
-        self._offset = offset
-        self._begin = 0
-        self._end = 0
-        self._parts: list[bytes] = []
-
-    def add(self, at: int, data: bytes) -> None:
-        if at - self._end >= BLOCK or self._end - self._begin >= _BUFFER:
-            self.flush()
-            self._begin = self._end = at
-        if at > self._end:
-            self._parts.append(bytes(at - self._end))
-        self._parts.append(data)
-        self._end = at + len(data)
-
-    def flush(self) -> None:
-        write_all(self._descriptor, b"".join(self._parts), self._offset + self._begin)
-        self._parts = []
-
-
-def _whole(content: Content) -> bytes:
-    data = b"".join(content.chunks())
-    if len(data) != content.size:
-        raise InputError(f"a file became shorter while it was read: {content.size - len(data)} bytes are missing")
-    return data
+    def write(
+        self,
+        descriptor: int,
+        offset: int,
+        done: Callable[[int], None] | None = None,
+        there: Mapping[int, Content] = NOTHING,
+    ) -> None:
+        """Write everything at `offset` of a file that reads as zeros there."""
+        write_pieces(descriptor, offset, self.pieces, done, there)
 
 
 @dataclass(slots=True, eq=False)
@@ -151,7 +122,7 @@ class _Inode:
 
 
 class _Layout:
-    def __init__(self, tree: Tree, start: int, epoch: int, *, dax: bool) -> None:
+    def __init__(self, tree: Tree, start: int, epoch: int, digest: str, *, dax: bool) -> None:
         self._start = start
         self._epoch = epoch
         self._dax = dax
@@ -159,7 +130,7 @@ class _Layout:
         self._skipped: list[str] = []
         self._open: list[tuple[int, int]] = []  # room at a metadata block's end, where it begins; least first
         self._end = 1  # blocks that are taken
-        self._uuid = uuid.UUID(bytes=bytes.fromhex(without_sockets(tree).digest())[:16], version=5)
+        self._uuid = uuid.UUID(bytes=bytes.fromhex(digest)[:16], version=5)
         self._number(tree)
 
     def finish(self) -> Plan:
@@ -205,7 +176,7 @@ class _Layout:
                 here = path if name else ""
                 listings[here] = [(b".", inode), (b"..", listings[above][0][1] if name else inode)]
             if name:
-                listings[above].append((name.encode(errors="surrogateescape"), inode))
+                listings[above].append((encode_name(name, path), inode))
         for listing in listings.values():
             directory = listing[0][1]
             directory.links = sum(child.entry.is_dir for _, child in listing)  # "." and ".." stand for its own two
@@ -216,9 +187,7 @@ class _Layout:
         """How an inode and its data are stored."""
         entry = inode.entry
         if entry.is_symlink:
-            inode.size = len(entry.target.encode(errors="surrogateescape"))
-            if inode.size > PATH_MAX:
-                raise InputError(f"{quote(inode.path)}: a symbolic link to a path of {inode.size} bytes")
+            inode.size = len(encode_target(entry, inode.path))
         elif entry.is_file:
             inode.size = entry.content.size
         inode.compact = (
@@ -402,6 +371,8 @@ def _find_chunks(inode: _Inode, content: Sparse) -> None:
     bits = _HUGE_BITS
     while inode.size >> bits > _CHUNKS_MAX:
         bits += 1
+    if bits - disk.BLOCK_BITS > disk.CHUNK_BITS_MASK:
+        raise InputError(f"{quote(inode.path)}: {inode.size} bytes with holes are more than an erofs file can have")
     used = sorted(
         {number for at, _, size in content.pieces if size for number in range(at >> bits, (at + size - 1 >> bits) + 1)}
     )

@@ -23,7 +23,7 @@ import struct
 from collections.abc import Mapping
 from typing import Final
 
-from crc32c import crc32c
+from osbuild.crc import crc32c
 
 BLOCK: Final = 4096
 BLOCK_BITS: Final = 12
@@ -73,4 +73,4 @@ ACLS: Final[Mapping[str, int]] = {"system.posix_acl_access": 2, "system.posix_ac
 def checksum(block: bytes) -> int:
     """Of a superblock and all that follows it in its block, with zeros where the sum itself is."""
     # The kernel starts with all ones as everybody does, but does not invert the end.
-    return crc32c(block[:4] + bytes(4) + block[8:]) ^ 0xFFFFFFFF
+    return crc32c(block[:4] + bytes(4) + block[8:], 0) ^ 0xFFFFFFFF

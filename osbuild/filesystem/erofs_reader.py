@@ -34,12 +34,6 @@ _INCOMPATIBLE: Final = (
 _KNOWN: Final = 0x7F
 
 
-def recognises(head: bytes) -> bool:
-    """Whether the first 4096 bytes of something are those of an erofs."""
-    at = disk.SUPERBLOCK_AT
-    return head[at : at + 4] == disk.MAGIC.to_bytes(4, "little")
-
-
 def read(descriptor: int, offset: int, size: int) -> Volume:
     """Everything in the erofs at `offset` of an open file, of which `size` bytes are there.
 

@@ -22,20 +22,20 @@ Source: Documentation/filesystems/ext4/ of the kernel (the on-disk format), noth
 from __future__ import annotations
 
 import bisect
-import contextlib
-import gc
 import hashlib
 import heapq
 import stat
 import struct
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from stat import S_IFMT, S_ISDIR, S_ISLNK, S_ISREG
+from typing import Final
 
 from osbuild.errors import InputError
 from osbuild.filesystem import ext4_directory, ext4_xattrs
-from osbuild.filesystem.base import NO_ROOM, Room
+from osbuild.filesystem.base import NO_ROOM, NOTHING, Room, encode_name, encode_target
 from osbuild.filesystem.ext4_format import (
     BLOCK,
     EXTENT_BLOCKS,
@@ -63,10 +63,13 @@ from osbuild.filesystem.ext4_format import (
     inode_seed,
     run,
 )
-from osbuild.filesystem.ext4_placing import Demand, Run, place
+from osbuild.filesystem.ext4_placing import Demand, Places, Run, place
 from osbuild.filesystem.ext4_super import Identity, group_blocks, journal_superblock, superblock
 from osbuild.filesystem.pieces import write_pieces
+from osbuild.garbage import uncollected
 from osbuild.tree import Content, Entry, Slice, Sparse, Tree, quote, without_sockets
+
+_DIRECTORY: Final = FILE_TYPES[stat.S_IFDIR]
 
 
 def mount_words(*, dax: bool) -> tuple[str, ...]:
@@ -78,40 +81,53 @@ def mount_words(*, dax: bool) -> tuple[str, ...]:
     )
 
 
-def plan(tree: Tree, *, start: int, epoch: int, dax: bool = True, room: Room = NO_ROOM) -> Plan:
+def plan(tree: Tree, *, start: int, epoch: int, dax: bool = True, room: Room = NO_ROOM, digest: str = "") -> Plan:
     """Lay a tree out. InputError for what ext4 cannot hold, SpecError when it does not fit into the size asked for.
 
     start: a multiple of 4096. Large files are aligned with `dax` only.
     """
-    with _uncollected():
-        return _Layout(tree, start // BLOCK if dax else None, epoch, room).finish()
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without looking for garbage: among a million new objects that all stay, that takes as long as making them."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    with uncollected():
+        layout = _Layout(tree, start // BLOCK if dax else None, room)
+        return layout.finish(_identity(digest or without_sockets(tree).digest(), epoch))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A laid out filesystem: metadata in memory, and where each file's bytes go."""
+    """A laid out filesystem: where each file's bytes go, and what the metadata are made from."""
 
     size: int
     uuid: str
     skipped: tuple[str, ...]  # sockets: nothing listens on them in an image
-    metadata: Sequence[tuple[int, bytes | bytearray]]  # byte offset, bytes; in order
-    bodies: Sequence[tuple[int, Content]]  # byte offset, content
+    make_metadata: Callable[[], Sequence[tuple[int, bytes | bytearray]]]  # not every plan is written
+    bodies: Sequence[tuple[int, Content]]  # byte offset, content; in order
+    again: Callable[[str], Plan]
 
-    def write(self, descriptor: int, offset: int) -> None:
+    def with_digest(self, digest: str) -> Plan:
+        """The plan of the same tree with another digest; this one cannot be written any more."""
+        with uncollected():
+            return self.again(digest)
+
+    @property
+    def contents(self) -> Sequence[tuple[int, Content]]:
+        """Every file's bytes: none of their blocks holds anything else."""
+        return self.bodies
+
+    @property
+    def metadata(self) -> Sequence[tuple[int, bytes | bytearray]]:
+        """Byte offset and bytes of everything else; in order."""
+        with uncollected():
+            return self.make_metadata()
+
+    def write(
+        self,
+        descriptor: int,
+        offset: int,
+        done: Callable[[int], None] | None = None,
+        there: Mapping[int, Content] = NOTHING,
+    ) -> None:
         """Write everything at `offset` of a file that reads as zeros there."""
-        write_pieces(descriptor, offset, heapq.merge(self.metadata, self.bodies, key=itemgetter(0)))
+        pieces = heapq.merge(self.metadata, self.bodies, key=itemgetter(0))
+        write_pieces(descriptor, offset, pieces, done, there)
 
 
 @dataclass(slots=True)
@@ -136,62 +152,70 @@ class _Inode:
 
 
 class _Layout:
-    def __init__(self, tree: Tree, start: int | None, epoch: int, room: Room) -> None:
+    def __init__(self, tree: Tree, start: int | None, room: Room) -> None:
         self._start = start
         self._room = room
-        self._identity = _identity(tree, epoch)
         self._inodes: list[_Inode] = []
         self._children: dict[int, list[ext4_directory.Child]] = {}
         self._parents: dict[int, int] = {ROOT_INODE: ROOT_INODE}
         self._skipped: list[str] = []
         self._xattrs: list[tuple[_Inode, bytes]] = []  # that take a block
         self._targets: list[_Inode] = []  # symbolic links that take a block
-        self._metadata: list[tuple[int, bytes | bytearray]] = []
         self._used = 0  # inodes
+        self._identity: Identity
+        self._places: Places | None = None
+        self._sizes: list[int] = []  # blocks of each directory, with which those places were found
+        self._files: list[tuple[int, Content]] = []
         self._number(tree)
 
-    def finish(self) -> Plan:
-        """Sizes first, then places, then bytes."""
-        directories = [inode for inode in self._inodes if inode.entry.is_dir]
-        packed = [self._pack_directory(inode) for inode in directories]
-        files = [inode for inode in self._inodes if inode.entry.is_file and inode.runs]
+    def finish(self, identity: Identity) -> Plan:
+        """Sizes first, then places; bytes when they are written."""
+        self._identity = identity
+        directories = [inode for inode in self._inodes if S_ISDIR(inode.entry.mode)]
+        packed = {inode.number: self._pack_directory(inode) for inode in directories if self._measure(inode) > 1}
+        files = [inode for inode in self._inodes if S_ISREG(inode.entry.mode) and inode.runs]
         indexed = [inode for inode in (*directories, *files) if _index(inode)]
-        places = place(
-            Demand(
-                inodes=self._used,
-                directories=[inode.runs[0] for inode in directories],
-                blobs=len(self._xattrs) + len(self._targets) + sum(inode.index_blocks for inode in indexed),
-                files=[run for inode in files for run in inode.runs],
-                start=self._start,
-            ),
-            self._room,
-        )
-        for inode, data in zip(directories, packed, strict=True):
-            self._metadata.append((inode.runs[0].first * BLOCK, data))
-        self._write_blobs(places.blobs, indexed)
-        journal = _journal(places.journal)
-        self._metadata.append((places.table * BLOCK, self._inode_table(journal)))
-        self._metadata.extend(group_blocks(places, self._used, self._children, self._identity.seed))
-        self._metadata.append((journal.runs[0].first * BLOCK, journal_superblock(self._identity, journal.blocks)))
-        self._metadata.append((1024, superblock(places, self._used, self._identity, _block_field(journal))))
-        bodies = [body for inode in files for body in _bodies(inode)]
+        sizes = [inode.runs[0].blocks for inode in directories]
+        if self._places is None or sizes != self._sizes:  # else everything lies where it did
+            self._sizes = sizes
+            self._places = place(
+                Demand(
+                    inodes=self._used,
+                    directories=[inode.runs[0] for inode in directories],
+                    blobs=len(self._xattrs) + len(self._targets) + sum(inode.index_blocks for inode in indexed),
+                    files=[run for inode in files for run in inode.runs],
+                    start=self._start,
+                ),
+                self._room,
+            )
+            self._files = sorted((body for inode in files for body in _bodies(inode)), key=itemgetter(0))
+        places = self._places
         return Plan(
             size=places.blocks * BLOCK,
-            uuid=str(uuid.UUID(bytes=self._identity.uuid)),
+            uuid=str(uuid.UUID(bytes=identity.uuid)),
             skipped=tuple(self._skipped),
-            metadata=sorted(self._metadata, key=itemgetter(0)),
-            bodies=sorted(bodies, key=itemgetter(0)),
+            make_metadata=lambda: self._written(identity, directories, packed, indexed),
+            bodies=self._files,
+            again=lambda digest: self.finish(_identity(digest, identity.epoch)),
         )
+
+    def _written(
+        self, identity: Identity, directories: Sequence[_Inode], packed: Mapping[int, bytes], indexed: Sequence[_Inode]
+    ) -> list[tuple[int, bytes | bytearray]]:
+        assert identity is self._identity  # a plan that another one was made from is void
+        assert self._places is not None
+        whole = [(inode, packed.get(inode.number) or self._pack_directory(inode)) for inode in directories]
+        return self._metadata(self._places, whole, indexed)
 
     # Numbering
 
     def _number(self, tree: Tree) -> None:
         """Give every inode its number in the order of first paths, and every directory its entries."""
         known: dict[Entry, _Inode] = {}
-        at: dict[str, _Inode] = {}
+        at: dict[str, tuple[_Inode, list[ext4_directory.Child]]] = {}
         following = FIRST_INODE
         for path, entry in tree.items():
-            kind = FILE_TYPES.get(stat.S_IFMT(entry.mode))
+            kind = FILE_TYPES.get(S_IFMT(entry.mode))
             if kind is None:
                 self._skipped.append(path)
                 continue
@@ -200,15 +224,16 @@ class _Layout:
                 number = ROOT_INODE if path == "/" else following
                 following += number != ROOT_INODE
                 inode = known[entry] = self._new_inode(number, path, entry)
-            _count_link(inode, path)
-            if entry.is_dir:
-                at[path] = inode
-                self._children[inode.number] = []
+            _count_link(inode, path, kind)
+            if kind == _DIRECTORY:
+                children: list[ext4_directory.Child] = []
+                at[path] = inode, children
+                self._children[inode.number] = children
             if path != "/":
                 above, _, name = path.rpartition("/")
-                parent = at[above or "/"]
-                self._children[parent.number].append((name.encode(errors="surrogateescape"), inode.number, kind))
-                if entry.is_dir:
+                parent, names = at[above or "/"]
+                names.append((encode_name(name, path), inode.number, kind))
+                if kind == _DIRECTORY:
                     parent.links += 1
                     self._parents[inode.number] = parent.number
         self._used = following - 1
@@ -220,17 +245,25 @@ class _Layout:
             inode.xattrs_inside, outside = ext4_xattrs.pack(entry.xattrs, path)
             if outside:
                 self._xattrs.append((inode, outside))
-        if entry.is_symlink:
-            inode.size = len(entry.target.encode(errors="surrogateescape"))
+        if S_ISLNK(entry.mode):
+            inode.size = len(encode_target(entry, path))
             if inode.size >= FAST_SYMLINK:
                 inode.runs = (Run(0, 1),)
                 self._targets.append(inode)
-        elif entry.is_file:
+        elif S_ISREG(entry.mode):
             inode.size = entry.content.size
             if -(-inode.size // BLOCK) > FILE_BLOCKS_MAX:
                 raise InputError(f"{quote(path)}: {inode.size} bytes are more than an ext4 file can have")
             inode.runs = _runs(entry.content)
         return inode
+
+    def _measure(self, inode: _Inode) -> int:
+        """Its blocks: 1, or more than that, and how many its names' hashes say."""
+        if not ext4_directory.is_small(self._children[inode.number]):
+            return 2
+        first = inode.runs[0] if inode.runs else Run(0, 1)
+        inode.size, inode.runs = BLOCK, (first,)
+        return 1
 
     def _pack_directory(self, inode: _Inode) -> bytes:
         children = self._children[inode.number]
@@ -239,27 +272,43 @@ class _Layout:
         parent = self._parents[inode.number]
         data, inode.indexed = ext4_directory.pack(inode.path, inode.number, parent, children, seed, hash_seed)
         inode.size = len(data)
-        inode.runs = (Run(0, len(data) // BLOCK),)
+        if not inode.runs:
+            inode.runs = (Run(0, 0),)
+        inode.runs[0].blocks = len(data) // BLOCK
         return data
 
     # Bytes
 
-    def _write_blobs(self, at: int, indexed: Sequence[_Inode]) -> None:
+    def _metadata(
+        self, places: Places, directories: Sequence[tuple[_Inode, bytes]], indexed: Sequence[_Inode]
+    ) -> list[tuple[int, bytes | bytearray]]:
+        """Byte offset and bytes of all that is no file; in order."""
+        found: list[tuple[int, bytes | bytearray]] = [
+            (inode.runs[0].first * BLOCK, data) for inode, data in directories
+        ]
+        found += self._blobs(places.blobs, indexed)
+        journal = _journal(places.journal)
+        found.append((places.table * BLOCK, self._inode_table(journal)))
+        found.extend(group_blocks(places, self._used, self._children, self._identity.seed))
+        found.append((journal.runs[0].first * BLOCK, journal_superblock(self._identity, journal.blocks)))
+        found.append((1024, superblock(places, self._used, self._identity, _block_field(journal))))
+        return sorted(found, key=itemgetter(0))
+
+    def _blobs(self, at: int, indexed: Sequence[_Inode]) -> Iterator[tuple[int, bytes]]:
         """The single blocks that belong to inodes besides their data, from block `at` on."""
         for inode, block in self._xattrs:
             inode.xattr_block = at
-            self._metadata.append((at * BLOCK, ext4_xattrs.with_checksum(block, at, self._identity.seed)))
+            yield at * BLOCK, ext4_xattrs.with_checksum(block, at, self._identity.seed)
             at += 1
         for inode in self._targets:
             inode.runs[0].first = at
-            target = inode.entry.target.encode(errors="surrogateescape")
-            self._metadata.append((at * BLOCK, target.ljust(BLOCK, b"\0")))
+            yield at * BLOCK, encode_target(inode.entry, inode.path).ljust(BLOCK, b"\0")
             at += 1
         for inode in indexed:
             seed = inode_seed(self._identity.seed, inode.number)
             inode.extents, blocks = extent_tree(_extents(inode), range(at, at + inode.index_blocks), seed)
             for block in blocks:
-                self._metadata.append((at * BLOCK, block))
+                yield at * BLOCK, block
                 at += 1
 
     def _inode_table(self, journal: _Inode) -> bytearray:
@@ -276,8 +325,8 @@ class _Layout:
         return table
 
 
-def _count_link(inode: _Inode, path: str) -> None:
-    if not inode.entry.is_dir:
+def _count_link(inode: _Inode, path: str, kind: int) -> None:
+    if kind != _DIRECTORY:
         inode.links += 1
         if inode.links > LINKS_MAX:
             raise InputError(f"{quote(path)}: more than {LINKS_MAX} hard links to one file")
@@ -321,10 +370,10 @@ def _inode_bytes(inode: _Inode, epoch: int) -> bytes:
     )  # fmt: skip
 
 
-def _identity(tree: Tree, epoch: int) -> Identity:
-    digest = hashlib.sha256(b"ext4" + bytes.fromhex(without_sockets(tree).digest())).digest()
-    own = uuid.UUID(bytes=digest[:16], version=5).bytes
-    return Identity(uuid=own, hash_seed=digest[16:], seed=checksum(0xFFFFFFFF, own), epoch=epoch)
+def _identity(digest: str, epoch: int) -> Identity:
+    made = hashlib.sha256(b"ext4" + bytes.fromhex(digest)).digest()
+    own = uuid.UUID(bytes=made[:16], version=5).bytes
+    return Identity(uuid=own, hash_seed=made[16:], seed=checksum(0xFFFFFFFF, own), epoch=epoch)
 
 
 def _runs(content: Content) -> Sequence[Run]:

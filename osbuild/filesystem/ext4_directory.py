@@ -66,6 +66,11 @@ def pack(
     return b"".join([_root(dots, index, levels, seed), *data]), True
 
 
+def is_small(children: Sequence[Child]) -> bool:
+    """Whether these entries fit into one block, with those for the directory itself and the one above."""
+    return 24 + sum([8 + (len(name) + 3 & ~3) for name, _, _ in children]) <= _SPACE
+
+
 def _fill(children: Sequence[Child]) -> list[list[Child]]:
     """Entries block by block, none across a block's end."""
     blocks: list[list[Child]] = [[]]

@@ -13,8 +13,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from crc32c import crc32c as _crc32c
-
+from osbuild.crc import crc32c as _crc32c
 from osbuild.tree import Entry
 
 BLOCK: Final = 4096

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -32,17 +32,14 @@ from osbuild.tree import EMPTY, PATH_MAX, Content, Entry, Slice, Sparse, Tree, d
 ROOT: Final = 2
 _PROBLEMS_MAX: Final = 100
 _FAST_SYMLINK: Final = 60
+_SHORT: Final = PATH_MAX // 4  # characters that cannot be more bytes than a path may have
 _PIECE: Final = 1 << 18  # bytes of an inode table read at a time
 _PIECES_KEPT: Final = 64
 _TYPES: Final = {
     1: stat.S_IFREG, 2: stat.S_IFDIR, 3: stat.S_IFCHR, 4: stat.S_IFBLK, 5: stat.S_IFIFO, 6: stat.S_IFSOCK,
     7: stat.S_IFLNK,
 }  # fmt: skip
-
-
-def recognises(first: bytes) -> bool:
-    """Whether the first 4096 bytes look like ext4's: by its magic number alone, which ext2 and ext3 share."""
-    return first[1080:1082] == b"\x53\xef"
+_KINDS: Final = frozenset(_TYPES.values())
 
 
 def read(descriptor: int, offset: int, size: int) -> Volume:
@@ -72,6 +69,19 @@ def read(descriptor: int, offset: int, size: int) -> Volume:
     )
 
 
+class _Here:
+    """Which inode it is, for messages: nearly none has one, and to spell it takes a while."""
+
+    __slots__ = ("_number", "_path")
+
+    def __init__(self, number: int, path: str) -> None:
+        self._number = number
+        self._path = path
+
+    def __str__(self) -> str:
+        return f"inode {self._number} {quote(self._path)}"
+
+
 class Walk:
     """One walk from the root through every directory."""
 
@@ -85,6 +95,7 @@ class Walk:
         self._super = superblock
         self._groups = groups
         self._per_group = superblock.number("inodes_per_group")
+        self._most = min(superblock.number("inodes_count"), len(groups) * self._per_group)
         self._mapper = inodes.Mapper(disk, superblock)
         self._entries: dict[int, tuple[Entry, Place]] = {}
         self._attribute_blocks: set[int] = set()
@@ -98,7 +109,7 @@ class Walk:
         made: dict[str, Entry] = {"/": directory()}
         self.places["/"] = Place(inode=ROOT)
         self._special()
-        root = self._visit(ROOT, "/")
+        root = self._visit(ROOT, "/", _Here(ROOT, "/"))
         if root is None or not root.is_dir:
             self.problems.append("inode 2 '/' is no directory")
             return Tree(made)
@@ -161,12 +172,12 @@ class Walk:
 
     def _child(self, path: str, number: int, kind: int, made: dict[str, Entry]) -> Entry | None:
         """The inode that a name leads to; None, with a problem noted, when it cannot be."""
-        here = f"inode {number} {quote(path)}"
+        here = _Here(number, path)
         if path in made:
             self.problems.append(f"{here}: a second entry of this name")
             return None
-        if len(path.encode(errors="surrogateescape")) > PATH_MAX:
-            self.problems.append(f"{here[:200]}…: a path of more than {PATH_MAX} bytes")
+        if len(path) > _SHORT and len(path.encode(errors="surrogateescape")) > PATH_MAX:
+            self.problems.append(f"{str(here)[:200]}…: a path of more than {PATH_MAX} bytes")
             return None
         if number in self.found:
             self._spend(text_cost(path))
@@ -178,19 +189,18 @@ class Walk:
                 return None
             self.found[number].names += 1
             return known
-        entry = self._visit(number, path)
+        entry = self._visit(number, path, here)
         if entry is not None and kind and _TYPES.get(kind) != stat.S_IFMT(entry.mode):
             self.problems.append(f"{here}: its directory says that it has type {kind}, its mode is {entry.mode:#o}")
         return entry
 
-    def _visit(self, number: int, path: str) -> Entry | None:
+    def _visit(self, number: int, path: str, here: _Here) -> Entry | None:
         """Read an inode for the first time."""
-        here = f"inode {number} {quote(path)}"
-        self.found[number] = check.Found(names=1)
+        found = self.found[number] = check.Found(names=1)
         inode = self._inode(number, here)
         if inode is None:
             return None
-        self.found[number].links = inode.links
+        found.links = inode.links
         self._spend(INODE_COST + 2 * text_cost(path))
         try:
             entry, place = self._entry(inode, here)
@@ -198,16 +208,17 @@ class Walk:
             self.problems.append(f"{here}: {damage}")
             return None
         finally:
-            self._claim(inode, inode.claimed)
-            self.belongings += [(first, count, number, "") for first, count in inode.claimed]
-        self.found[number].is_dir = entry.is_dir
+            if inode.claimed:
+                self._claim(inode, inode.claimed)
+                self.belongings += [(first, count, number, "") for first, count in inode.claimed]
+        found.is_dir = stat.S_ISDIR(entry.mode)
         self._entries[number] = entry, place
         return entry
 
-    def _entry(self, inode: Inode, here: str) -> tuple[Entry, Place]:
+    def _entry(self, inode: Inode, here: _Here) -> tuple[Entry, Place]:
         noted: list[str] = []
         kind = stat.S_IFMT(inode.mode)
-        if kind not in _TYPES.values():
+        if kind not in _KINDS:
             raise DamageError(f"its mode is {inode.mode:#o}, which is no type of file")
         if inode.flags & inodes.INLINE_DATA_FLAG:
             raise DamageError("its data lies in the inode, which this reader does not know")
@@ -229,8 +240,10 @@ class Walk:
                 content = self._content(inode, extents, runs)
             elif kind == stat.S_IFLNK:
                 target = self._slow_target(inode, runs)
-        self.problems += [f"{here}: {what}" for what in noted]
-        self._spend(sum(XATTR_COST + len(name) + len(value) for name, value in attributes.items()))
+        if noted:
+            self.problems += [f"{here}: {what}" for what in noted]
+        if attributes:
+            self._spend(sum(XATTR_COST + len(name) + len(value) for name, value in attributes.items()))
         entry = Entry(
             mode=inode.mode, uid=inode.uid, gid=inode.gid, mtime_ns=inode.mtime_ns, xattrs=attributes, target=target,
             major=major, minor=minor, content=content,
@@ -239,21 +252,22 @@ class Walk:
 
     # Blocks
 
-    def _runs(self, inode: Inode, here: str) -> list[Run]:
+    def _runs(self, inode: Inode, here: _Here | str) -> list[Run]:
         """An inode's runs, counted; what is wrong with its map is noted, and what was found before it stays."""
         noted: list[str] = []
         runs: list[Run] = []
         try:
             for run in self._mapper.runs(inode, noted):
                 self._spend(PIECE_COST)
-                self._claim(inode, [(run.physical, run.count)])
+                self._claim(inode, ((run.physical, run.count),))
                 runs.append(run)
         except DamageError as damage:
             noted.append(str(damage))
-        self.problems += [f"{here}: {what}" for what in noted]
+        if noted:
+            self.problems += [f"{here}: {what}" for what in noted]
         return runs
 
-    def _claim(self, inode: Inode, runs: list[tuple[int, int]]) -> None:
+    def _claim(self, inode: Inode, runs: Iterable[tuple[int, int]]) -> None:
         for first, count in runs:
             self._blocks += count
             self.claimed.append((first, count, inode.number))
@@ -263,6 +277,8 @@ class Walk:
     def _places(self, runs: list[Run], size: int) -> tuple[tuple[int, int], ...]:
         """Where the data is: byte offset in the filesystem and bytes, neighbours joined, nothing beyond the end."""
         block = self._super.block_size
+        if len(runs) == 1 and runs[0].written and not runs[0].logical and 0 < size <= runs[0].count * block:
+            return ((runs[0].physical * block, size),)
         joined: list[tuple[int, int]] = []
         end = 0
         for run in runs:
@@ -283,8 +299,9 @@ class Walk:
             raise DamageError(f"its size is {inode.size}, more than ext4 can hold")
         if not inode.size:
             return EMPTY
-        if any(at + size > self._disk.size for at, size in extents):
-            raise DamageError("its bytes are beyond the end of what is there")
+        for at, size in extents:
+            if at + size > self._disk.size:
+                raise DamageError("its bytes are beyond the end of what is there")
         self._spend(BODY_COST)
         if len(extents) == 1 and extents[0][1] == inode.size:
             return Slice(self._disk.backing, self._disk.offset + extents[0][0], inode.size)
@@ -368,9 +385,9 @@ class Walk:
 
     # Inodes
 
-    def _inode(self, number: int, here: str, *, quiet: bool = False) -> Inode | None:
+    def _inode(self, number: int, here: _Here | str, *, quiet: bool = False) -> Inode | None:
         """An inode's fields, or None with the reason noted."""
-        if not 0 < number <= min(self._super.number("inodes_count"), len(self._groups) * self._per_group):
+        if not 0 < number <= self._most:
             self.problems.append(f"{here}: there is no inode of this number")
             return None
         noted: list[str] = []
@@ -380,7 +397,7 @@ class Walk:
             self.problems.append(f"{here}: its inode: {damage}")
             return None
         inode = inodes.parse_inode(number, raw, self._super, noted)
-        if not quiet:
+        if noted and not quiet:
             self.problems += [f"{here}: {what}" for what in noted]
         return inode
 

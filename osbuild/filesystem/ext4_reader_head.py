@@ -14,8 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-import crc32c
-
+from osbuild.crc import crc32c
 from osbuild.errors import InputError
 from osbuild.tree import Backing, quote
 
@@ -119,7 +118,7 @@ def checksum(seed: int, *parts: bytes | memoryview) -> int:
     """crc32c as ext4 takes it: from a seed, without the inversions at both ends."""
     value = seed ^ 0xFFFFFFFF
     for part in parts:
-        value = crc32c.crc32c(part, value)
+        value = crc32c(part, value)
     return value ^ 0xFFFFFFFF
 
 

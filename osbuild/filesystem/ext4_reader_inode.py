@@ -32,6 +32,7 @@ _INDEX: Final = struct.Struct("<IIHH")
 _DEPTH_MAX: Final = 5
 _LONGEST: Final = 32768  # blocks of an initialised extent; beyond that it is one that was never written
 _XATTR_MAGIC: Final = 0xEA020000
+_XATTR_HEAD: Final = struct.pack("<I", _XATTR_MAGIC)
 _XATTR: Final = struct.Struct("<BBHIII")
 _PREFIXES: Final = {1: "user.", 4: "trusted.", 6: "security.", 7: "system."}
 _ACLS: Final = {2: "system.posix_acl_access", 3: "system.posix_acl_default"}
@@ -103,7 +104,7 @@ def _check_inode(raw: bytes, extra: int, seed: int, problems: list[str]) -> None
     wide = extra >= 4
     given = int.from_bytes(raw[124:126], "little") | (int.from_bytes(raw[130:132], "little") << 16 if wide else 0)
     if wide:
-        wanted = checksum(seed, raw[:124], b"\0\0", raw[126:130], b"\0\0", raw[132:])
+        wanted = checksum(seed, b"".join((raw[:124], b"\0\0", raw[126:130], b"\0\0", raw[132:])))
     else:
         wanted = checksum(seed, raw[:124], b"\0\0", raw[126:]) & 0xFFFF
     if given != wanted:
@@ -231,7 +232,7 @@ def xattrs(inode: Inode, disk: Disk, superblock: Superblock, problems: list[str]
     found: dict[str, bytes] = {}
     raw = inode.raw
     start = 128 + int.from_bytes(raw[128:130], "little") if len(raw) > 128 else len(raw)
-    if start + 4 <= len(raw) and raw[start : start + 4] == struct.pack("<I", _XATTR_MAGIC):
+    if raw[start : start + 4] == _XATTR_HEAD:
         area = raw[start + 4 :]
         _entries(area, 0, area, found)
     if inode.file_acl:

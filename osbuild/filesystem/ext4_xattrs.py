@@ -22,7 +22,8 @@ _CHECKSUM_AT: Final = 16
 _ENTRY: Final = struct.Struct("<BBHIII")
 _END: Final = 4
 _NAME_MAX: Final = 255
-_PREFIXES: Final = (("user.", 1), ("trusted.", 4), ("security.", 6), ("system.", 7))
+# ext4 has a number for "system.", too, but no Linux hands those out: of that name only ACLs can be read.
+_PREFIXES: Final = (("user.", 1), ("trusted.", 4), ("security.", 6))
 _ACLS: Final[Mapping[str, int]] = {"system.posix_acl_access": 2, "system.posix_acl_default": 3}
 
 _Xattr = tuple[int, bytes, bytes]  # index of the prefix, rest of the name, value

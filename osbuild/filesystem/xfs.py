@@ -18,17 +18,16 @@ import stat
 import struct
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from crc32c import crc32c
-
 from osbuild import command
+from osbuild.crc import crc32c
 from osbuild.errors import BuildError, InputError, SpecError
-from osbuild.filesystem.base import NO_ROOM, Room
-from osbuild.tree import Entry, Tree, copy_range, quote
+from osbuild.filesystem.base import NO_ROOM, NOTHING, Room, encode_name, encode_target
+from osbuild.tree import Content, Entry, Tree, copy_range, quote
 
 BLOCK: Final = 4096
 MIB: Final = 1 << 20
@@ -36,6 +35,7 @@ _LEAST: Final = 300 * MIB  # mkfs.xfs makes nothing smaller
 _LOG: Final = 64 * MIB  # the log, and what mkfs.xfs keeps for itself
 _FILE_MAX: Final = (1 << 31) - 1  # mkfs.xfs reads a file at once, and counts its bytes in an int
 _INODE: Final = 512
+_TARGET_MAX: Final = 1024  # bytes: a longer symbolic link is damage to xfs
 _TYPES: Final[Mapping[int, str]] = {
     stat.S_IFREG: "-", stat.S_IFDIR: "d", stat.S_IFLNK: "l", stat.S_IFCHR: "c", stat.S_IFBLK: "b", stat.S_IFIFO: "p",
 }  # fmt: skip
@@ -59,7 +59,7 @@ def mount_words(*, dax: bool) -> tuple[str, ...]:
     return ("rootflags=dax", "ro", "rootfstype=xfs") if dax else ("rootflags=ro", "rootfstype=xfs")
 
 
-def plan(tree: Tree, *, start: int, epoch: int, dax: bool = True, room: Room = NO_ROOM) -> Plan:
+def plan(tree: Tree, *, start: int, epoch: int, dax: bool = True, room: Room = NO_ROOM, digest: str = "") -> Plan:
     """Choose a size; InputError for what a protofile cannot say. Where files lie is up to mkfs.xfs."""
     del start, dax  # it has no say in where mkfs.xfs puts files; all of them can be mapped
     skipped = tuple(path for path, entry in tree.items() if stat.S_IFMT(entry.mode) not in _TYPES)
@@ -67,7 +67,7 @@ def plan(tree: Tree, *, start: int, epoch: int, dax: bool = True, room: Room = N
     needed = _needed(tree) + room.free
     if room.size and room.size < needed:
         raise SpecError(f"xfs needs {needed} bytes for this tree; {room.size} are given")
-    return Plan(size=room.size or needed, uuid=_uuid(tree), skipped=skipped, tree=tree, epoch=epoch)
+    return Plan(size=room.size or needed, uuid=_uuid(digest or tree.digest()), skipped=skipped, tree=tree, epoch=epoch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +80,20 @@ class Plan:
     tree: Tree
     epoch: int
 
-    def write(self, descriptor: int, offset: int) -> None:
+    @property
+    def contents(self) -> Iterable[tuple[int, Content]]:
+        """Nobody knows before mkfs.xfs has run."""
+        return ()
+
+    def write(
+        self,
+        descriptor: int,
+        offset: int,
+        done: Callable[[int], None] | None = None,
+        there: Mapping[int, Content] = NOTHING,
+    ) -> None:
         """Make it beside the temporary files, and copy what is not a hole; BuildError when mkfs.xfs fails."""
+        del done, there  # it goes back and forth
         with tempfile.TemporaryDirectory(prefix="osbuilder-xfs-") as name:
             work = Path(name)
             entries = list(_down(self.tree))
@@ -114,9 +126,9 @@ def _needed(tree: Tree) -> int:
     return total + -total % MIB
 
 
-def _uuid(tree: Tree) -> str:
-    digest = hashlib.sha256(b"xfs" + bytes.fromhex(tree.digest())).digest()
-    return str(uuid.UUID(bytes=digest[:16], version=4))
+def _uuid(digest: str) -> str:
+    made = hashlib.sha256(b"xfs" + bytes.fromhex(digest)).digest()
+    return str(uuid.UUID(bytes=made[:16], version=4))
 
 
 def _check(tree: Tree) -> None:
@@ -129,9 +141,12 @@ def _check(tree: Tree) -> None:
         if entry.content.size > _FILE_MAX:
             raise InputError(f"{where}: {entry.content.size} bytes; mkfs.xfs copies files below 2 GiB only")
         name = paths[0].rpartition("/")[2]
+        encode_name(name, paths[0])
+        if entry.is_symlink:
+            encode_target(entry, paths[0], _TARGET_MAX)
         if name == "$" or name.startswith(":") or _has_blank(name):
             raise InputError(f"{where}: mkfs.xfs cannot be told this name", hint="take ext4 or erofs")
-        if entry.is_symlink and (_has_blank(entry.target) or not entry.target or entry.target.startswith(":")):
+        if entry.is_symlink and (_has_blank(entry.target) or entry.target.startswith(":")):
             raise InputError(f"{where}: mkfs.xfs cannot be told the target {quote(entry.target)}")
 
 
@@ -201,7 +216,7 @@ def _settle(image: int, entries: Sequence[Entry], epoch: int) -> None:
         struct.pack_into(">QQQ", inode, 32, stamp, stamp, stamp)  # accessed, modified, changed
         struct.pack_into(">Q", inode, 144, stamp)  # created
         struct.pack_into("<I", inode, _CRC_AT, 0)
-        struct.pack_into("<I", inode, _CRC_AT, crc32c(inode))
+        struct.pack_into("<I", inode, _CRC_AT, crc32c(bytes(inode), 0))
         os.pwrite(image, inode, at)
     if found != len(entries):
         raise BuildError(f"mkfs.xfs made {found} of {len(entries)} inodes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import subprocess
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,16 @@ from typing import Final, Protocol
 from osbuild import initrd_memory
 from osbuild.arch import Arch
 from osbuild.artifacts import DiskImage, Initrd, Kernel
+from osbuild.network.base import GuestNetwork
 from osbuild.runtime.accel import Accel
 from osbuild.runtime.channel import Channel
+from osbuild.runtime.qmp import Qmp
+from osbuild.runtime.shares import Shares
 
 CONSOLE: Final = "console.log"  # in the work directory: what the guest wrote to its first serial port
+
+PLUGGED_MIB: Final = 256  # two of Linux's blocks of memory on x86_64, or on arm64 with pages of 4 KiB
+VIRTIO_MEM: Final = "plugged"  # of a pluggable machine: the device's id
 
 
 def make_nonce() -> str:
@@ -43,8 +50,13 @@ class Machine:
     memory_mib: int = 256
     cpus: int = 1
     accel: str = "auto"  # or "kvm" or "tcg"
+    board: str = "auto"  # of spec.MACHINES
+    attach: str = "auto"  # of spec.ATTACHMENTS: how an image is given to it
     transport: str = "auto"  # of spec.TRANSPORTS
     mac: str = ""  # of a network card that leads nowhere; empty: none
+    network: str = ""  # of network.NETWORKS: a card that leads somewhere; empty: none
+    pluggable: bool = False  # there is room for one more processor, and for PLUGGED_MIB of memory in each way
+    shares: bool = False  # it shares directories with this host, by each way that there is here
     words: tuple[str, ...] = ()  # the user's kernel arguments, after all of ours
     agent: str = ""  # name and version of the agent that should answer; empty: any
     nonce: str = field(default_factory=make_nonce)
@@ -71,7 +83,12 @@ class Guest:
     channel: Channel  # how the agent is to be asked
     command: tuple[str, ...]
     accel: Accel
+    monitor: Qmp
+    network: GuestNetwork | None  # what its card is connected to
+    shares: Shares | None
     started: float  # time.monotonic()
+    disk_limit: int = 0  # bytes that the guest may write to its disk before it is ended; 0: it cannot write
+    facts: Mapping[str, str] = field(default_factory=dict)  # for the report's `machine`
 
 
 class Runtime(Protocol):
@@ -79,6 +96,10 @@ class Runtime(Protocol):
 
     def ready(self, arch: Arch, wish: str) -> tuple[Path, Accel]:
         """The VMM's program, and what its guests run on; HostError when this host lacks it."""
+        ...
+
+    def missing_for_nvdimm(self, arch: Arch) -> str:
+        """Debian's package without which its guests of this architecture have no NVDIMM; empty when nothing is."""
         ...
 
     def refuse_what_cannot_boot(self, machine: Machine) -> None:

@@ -6,7 +6,8 @@ vhost-user-vsock  the program vhost-device-vsock does it instead, and shows each
 
 Seen with vhost-device-vsock 0.3.0, QEMU 7.2 and an emulated guest: calls with short answers work, one after the other;
 answers of some 30 KiB stop in the middle until the next call, whatever its tx-buffer-size, and with event_idx=off bytes
-were lost. Whose fault that is nobody has found out yet, so what reads much should be asked over the serial port.
+were lost. The program's makers know of transfers that hang like that (rust-vmm/vhost-device, issue 494), and with the
+kernel's own device nobody saw it; so what reads much should be asked over the serial port there.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import ClassVar, Final, Protocol
 from osbuild import command, ttrpc
 from osbuild.agent import NAME
 from osbuild.errors import HostError
+from osbuild.runtime import bounds
 
 DAEMON: Final = "vhost-device-vsock"
 VHOST: Final = Path("/dev/vhost-vsock")
@@ -175,7 +177,8 @@ def opened(kind: str, serial: Path, run: Path, log: Path) -> Iterator[tuple[Chan
         uds, control = run / "vsock.sock", run / "vhost.sock"
         argv = (DAEMON, "--vm", f"guest-cid={_USER_CID},uds-path={uds},socket={control}")
         # It warns of every byte that a guest does not take yet, which while one boots is all of them.
-        with command.start(*argv, cwd=run, log=log, env={"RUST_LOG": "error"}) as process:
+        env = {"RUST_LOG": "error"}
+        with command.start(*argv, cwd=run, log=log, env=env, limits=bounds.limits()) as process:
             deadline = time.monotonic() + _DAEMON_SECONDS
             while not (control.exists() and uds.exists()):
                 if process.poll() is not None or time.monotonic() > deadline:

@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 from osbuild import oci
 from osbuild.errors import HostError, InputError, SpecError
-from osbuild.sources import archive, daemon, directory, layout, registry
+from osbuild.modules import Modules
 from osbuild.sources.image import SourceImage, Want
 from osbuild.tree import quote
 
@@ -21,13 +21,13 @@ class Source(Protocol):
         """The image, every layer checked against its digests; InputError or HostError if it is not to be had."""
 
 
-SOURCES: Final[Mapping[str, Source]] = {
-    "docker-daemon": daemon,
-    "docker": registry,
-    "docker-archive": archive,
-    "oci": layout,
-    "dir": directory,
-}
+SOURCES: Final[Mapping[str, Source]] = Modules({
+    "docker-daemon": "osbuild.sources.daemon",
+    "docker": "osbuild.sources.registry",
+    "docker-archive": "osbuild.sources.archive",
+    "oci": "osbuild.sources.layout",
+    "dir": "osbuild.sources.directory",
+})  # fmt: skip
 
 
 def find_source(text: str) -> oci.Reference:
@@ -72,10 +72,12 @@ def open_image(text: str, want: Want) -> SourceImage:
 
 def _open_bare(text: str, reference: oci.Reference, want: Want) -> SourceImage:
     """A name without a source: the Docker daemon's if one answers, else a registry's; errors say which was asked."""
+    from osbuild.sources import daemon, registry
+
     before = ""
     try:
         try:
-            daemon.connect().close()
+            daemon.connect(offline=want.registry.offline).close()
         except HostError as lacking:
             before = f"{lacking}; "
             reference = oci.parse_reference(f"docker://{text}", frozenset(("docker",)))
@@ -89,6 +91,8 @@ def _open_bare(text: str, reference: oci.Reference, want: Want) -> SourceImage:
 
 def _beside(text: str) -> str:
     """A hint when the words are also the path of something here."""
+    from osbuild.sources import layout
+
     path, name = Path(text), oci.shown(text)
     if not text:
         return ""

@@ -19,9 +19,8 @@ from osbuild import oci, tree_index
 from osbuild.borrowed import Borrowed
 from osbuild.errors import HostError, InputError
 from osbuild.layers import Layer
-from osbuild.limits import Limits
 from osbuild.output import write_whole
-from osbuild.sources.image import SourceImage, Want, add_layer, checked_layer, finished, match_layers
+from osbuild.sources.image import SourceImage, Stack, Want, add_layer, checked_layer, finished, match_layers
 from osbuild.sources.members import Members, open_archive
 from osbuild.tree import Backing, Slice, Spool, quote
 from osbuild.uncompress import sniff
@@ -59,11 +58,12 @@ def _read(backing: Backing, where: str, want: Want) -> tuple[SourceImage, bytes]
         raise InputError(f"{where}: an image without layers")
     match_layers(names, config, where)
     spool = Spool()
-    layers = [
-        _layer(archive.content(_name(name, where)), spool, diff_id, where, archive.limits)
-        for name, diff_id in zip(names, config.diff_ids, strict=True)
-    ]
-    return finished(where, _digest(config_bytes), config, layers, want), config_bytes
+    stack = Stack(where=where, limits=archive.limits)
+    for name, diff_id in zip(names, config.diff_ids, strict=True):
+        content = archive.content(_name(name, where))
+        if not stack.again(content.offset, diff_id):
+            stack.add(content.offset, _layer(content, spool, diff_id, stack))
+    return finished(where, oci.digest(config_bytes), config, stack.layers, want), config_bytes
 
 
 def _kept(archive: Borrowed, where: str, want: Want) -> SourceImage:
@@ -77,7 +77,8 @@ def _kept(archive: Borrowed, where: str, want: Want) -> SourceImage:
         config_bytes = (found / "config.json").read_bytes()
         tree = tree_index.load((found / "tree.json").read_bytes(), archive)
         config = oci.parse_config(config_bytes, where)
-        return SourceImage(reference=where, digest=_digest(config_bytes), config=config, tree=tree)
+        digest = oci.digest(config_bytes)
+        return SourceImage(reference=where, digest=digest, config=config, tree=tree, config_digest=digest)
     image, config_bytes = _read(archive, where, want)
     archive.check()
     index = tree_index.dump(image.tree, archive)
@@ -93,18 +94,15 @@ def _kept(archive: Borrowed, where: str, want: Want) -> SourceImage:
     return image
 
 
-def _digest(config: bytes) -> str:
-    return f"sha256:{hashlib.sha256(config).hexdigest()}"
-
-
-def _layer(content: Slice, spool: Spool, diff_id: str, where: str, limits: Limits) -> Layer:
+def _layer(content: Slice, spool: Spool, diff_id: str, stack: Stack) -> Layer:
     compression = sniff(content.spool.read(content.offset, min(4, content.size)))
     if compression != "none":
-        return add_layer(spool, content.chunks(), compression, diff_id, where, limits)
+        return add_layer(spool, content.chunks(), compression, diff_id, stack.where, stack.limits)
+    stack.check_room(content.size)
     digest = hashlib.sha256()
     for data in content.chunks():
         digest.update(data)
-    return checked_layer(content.spool, content.offset, content.size, digest.hexdigest(), diff_id, where)
+    return checked_layer(content.spool, content.offset, content.size, digest.hexdigest(), diff_id, stack.where)
 
 
 def _image_record(data: bytes, where: str) -> oci.Json:

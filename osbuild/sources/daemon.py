@@ -29,7 +29,7 @@ def open_image(reference: oci.Reference, want: Want) -> SourceImage:
 
     name = reference.name + (f"@{reference.digest}" if reference.digest else f":{reference.tag}")
     spool = Spool()
-    client = connect()
+    client = connect(offline=want.registry.offline)
     api = client.api
     try:
         # Not api.get_image(): that turns timeouts off, and waits for ever for a daemon that falls silent.
@@ -55,13 +55,22 @@ def _check_status(answer: requests.Response, name: str) -> None:
         raise HostError(f"the Docker daemon could not give {quote(name)}: {answer.status_code} {quote(said)}")
 
 
-def connect(seconds: int = 10) -> docker.DockerClient:
-    """A client of the daemon that DOCKER_HOST names, or the local one; HostError when none answers."""
+def connect(seconds: int = 10, *, offline: bool = False) -> docker.DockerClient:
+    """A client of the daemon that DOCKER_HOST names, or the local one; HostError when none answers.
+
+    offline: only one at a socket of this machine is asked.
+    """
     import docker
     import docker.errors
+    import docker.utils
     import requests.exceptions
 
-    _check_host(os.environ.get("DOCKER_HOST", ""))
+    host = os.environ.get("DOCKER_HOST", "")
+    _check_host(host)
+    if offline and host and not str(docker.utils.parse_host(host)).startswith(("unix:", "http+unix:")):
+        raise HostError(
+            f"DOCKER_HOST is {quote(host)}, and --offline asks nobody over a network", hint="unix://PATH is no network"
+        )
     try:
         return docker.from_env(timeout=seconds)
     except (docker.errors.DockerException, requests.exceptions.RequestException):

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 from osbuild import oci
 from osbuild.errors import InputError
 from osbuild.limits import Limits
-from osbuild.sources.image import SourceImage, Want, add_layer, finished, match_layers, unreadable
+from osbuild.sources.image import SourceImage, Stack, Want, add_layer, finished, match_layers, unreadable
 from osbuild.sources.members import Members, open_archive
 from osbuild.tree import Spool, quote
 from osbuild.uncompress import CHUNK
@@ -54,11 +54,12 @@ def open_image(reference: oci.Reference, want: Want) -> SourceImage:
     config = oci.parse_config(_document(files, manifest.config, where), where)
     match_layers(manifest.layers, config, where)
     spool = Spool()
-    layers = [
-        add_layer(spool, _stream(files, layer, where), oci.LAYER_TYPES[layer.media_type], diff_id, where, files.limits)
-        for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True)
-    ]
-    return finished(where, descriptor.digest, config, layers, want)
+    stack = Stack(where=where, limits=files.limits)
+    for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True):
+        if not stack.again(layer.blob, diff_id):
+            data, compression = _stream(files, layer, where), oci.LAYER_TYPES[layer.media_type]
+            stack.add(layer.blob, add_layer(spool, data, compression, diff_id, where, files.limits))
+    return finished(where, descriptor.digest, config, stack.layers, want, manifest)
 
 
 def _open(name: str, where: str, want: Want) -> _Files:

@@ -20,7 +20,7 @@ from osbuild.uncompress import CHUNK, sniff, uncompressed
 
 _PIPE: Final = "a pipe: docker save IMAGE | osbuilder … docker-archive:-"
 _STDIN: Final = "/dev/stdin"
-_LINKS: Final = 2  # followed for one name: one is what docker writes for a layer that stands twice
+_LINKS: Final = 3  # looked at for one name: docker writes one link for a layer that stands twice, tar(1) hard links
 
 
 def open_archive(name: str, limits: tar.Limits) -> Backing:
@@ -105,7 +105,9 @@ class Members:
                 if member.pieces is not None:
                     raise InputError(f"{self._where}: {quote(name)} is stored as a sparse file, which nobody writes so")
                 return Slice(self._backing, member.offset, member.size)
-            if stat.S_ISLNK(member.kind):
+            if member.kind == 0:  # a hard link; the file that it is another name of
+                path = member.link
+            elif stat.S_ISLNK(member.kind):
                 path = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.link))
         raise InputError(f"{self._where}: {quote(name)} is not a regular file in the archive")
 

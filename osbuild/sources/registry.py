@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,14 +19,14 @@ from osbuild.cache import VERSION
 from osbuild.distribution import Repository
 from osbuild.errands import Errands
 from osbuild.errors import HostError, InputError
-from osbuild.layers import Layer
-from osbuild.sources.image import SourceImage, Want, add_layer, finished, match_layers
+from osbuild.sources.image import SourceImage, Stack, Want, add_layer, finished, match_layers
 from osbuild.transport import Patience, Web
 from osbuild.tree import Spool, quote
 
 PATIENCE: Final = Patience()
 _THREADS: Final = 3  # layers fetched at a time
 _AHEAD: Final = 6  # layers fetched before their turn; each holds a file open
+_OTHER_WAYS: Final = "--mirror HOST=MIRROR, --offline, or an image as oci: or docker-archive:"
 _NESTING_MAX: Final = 4  # indexes inside indexes
 
 T = TypeVar("T")
@@ -44,27 +43,30 @@ class _Found:
 
 def open_image(reference: oci.Reference, want: Want) -> SourceImage:
     """The image of that name and platform; what the cache has of it is not fetched again."""
-    web = Web(want.registry, PATIENCE)
-    pull = _Pull(reference, want, web)
+    web = Web(want.registry, PATIENCE, else_=_OTHER_WAYS)
+    pull = Pull(reference, want, web)
     spool = Spool()
-    layers: list[Layer] = []
+    stack = Stack(where=pull.where, limits=want.limits)
     with contextlib.closing(web), Errands(_THREADS, left=web.left, stop=web.stop) as errands:
         found = errands.do(pull.find)
-        jobs = pull.layer_jobs(found.manifest.layers)
+        jobs = pull.layer_jobs(list({layer.blob: layer for layer in found.manifest.layers}.values()))
         with contextlib.closing(errands.in_order(jobs, ahead=_AHEAD)) as blobs:
-            for blob, layer, diff_id in zip(blobs, found.manifest.layers, found.config.diff_ids, strict=True):
-                compression = oci.LAYER_TYPES[layer.media_type]
-                layers.append(add_layer(spool, blob.chunks(), compression, diff_id, pull.where, want.limits))
-    return finished(pull.where, found.digest, found.config, layers, want)
+            for layer, diff_id in zip(found.manifest.layers, found.config.diff_ids, strict=True):
+                if not stack.again(layer.blob, diff_id):
+                    data, compression = next(blobs).chunks(), oci.LAYER_TYPES[layer.media_type]
+                    stack.add(layer.blob, add_layer(spool, data, compression, diff_id, pull.where, want.limits))
+    return finished(pull.where, found.digest, found.config, stack.layers, want, found.manifest)
 
 
-class _Pull:
+class Pull:
     """One reference being resolved and fetched, over the roads there are: the mirrors in order, then the registry."""
 
-    def __init__(self, reference: oci.Reference, want: Want, web: Web) -> None:
+    def __init__(self, reference: oci.Reference, want: Want, web: Web, *, artifact: str = "") -> None:
+        """`artifact`: the type of what is looked for, when it is no image."""
         self.where = str(reference)
         self._reference = reference
         self._want = want
+        self._artifact = artifact
         self._blobs = Blobs(cache=want.cache)
         self._host, self._name = oci.registry_of(reference.name)
         self._roads = () if want.registry.offline else self._find_roads(web)
@@ -72,16 +74,16 @@ class _Pull:
 
     def find(self, stack: contextlib.ExitStack) -> _Found:
         """Manifest and config for the platform."""
-        digest, data, index = self._top(stack)
+        digest, data, index = self.top(stack)
         for _ in range(_NESTING_MAX + 1):
             if not index:
                 manifest = oci.parse_manifest(data, self.where)
-                config = oci.parse_config(self._document(stack, manifest.config, manifest=False), self.where)
+                config = oci.parse_config(self.document(stack, manifest.config, manifest=False), self.where)
                 match_layers(manifest.layers, config, self.where)
                 return _Found(digest=digest, manifest=manifest, config=config)
             chosen = oci.choose_platform(oci.parse_index(data, self.where), self._want.platform, self.where)
-            data = self._document(stack, chosen, manifest=True)
-            digest, index = chosen.digest, is_index(data, chosen.media_type, self.where)
+            data = self.document(stack, chosen, manifest=True)
+            digest, index = chosen.digest, self._is_index(data, chosen.media_type)
         raise InputError(f"{self.where}: indexes nested more than {_NESTING_MAX} deep")
 
     def layer_jobs(self, layers: Sequence[oci.Descriptor]) -> list[Callable[[contextlib.ExitStack], Blob]]:
@@ -91,27 +93,27 @@ class _Pull:
 
     def _layer(self, meter: _Meter, index: int, layer: oci.Descriptor, stack: contextlib.ExitStack) -> Blob:
         seen = functools.partial(meter.set, index)
-        blob = self._open(stack, layer, lambda road: road.blob_fetch(layer, seen))
+        blob = self.open(stack, layer, lambda road: road.blob_fetch(layer, seen))
         seen(layer.size)
         return blob
 
-    def _top(self, stack: contextlib.ExitStack) -> tuple[str, bytes, bool]:
+    def top(self, stack: contextlib.ExitStack) -> tuple[str, bytes, bool]:
         """Digest and bytes of what the reference names, and whether it is an index."""
         name = f"{self._host}/{self._name}:{self._reference.tag}"
         digest = self._reference.digest or ("" if self._roads else self._blobs.recall(name) or "")
         if digest:
             known = self._cached(stack, digest)
             if known is not None:
-                return digest, known, is_index(known, "", self.where)
+                return digest, known, self._is_index(known, "")
         elif not self._roads:
             raise InputError(
                 f"{self.where}: what this tag means is not in the cache {quote(str(self._want.cache.root))}",
                 hint="run it once without --offline",
             )
-        data, index = self._any_road(lambda road: self._ask(road, digest))
-        self._open(stack, _describe(data), lambda _road: lambda _offset: (0, iter((data,))))
+        data, index = self.any_road(lambda road: self._ask(road, digest))
+        self.open(stack, _describe(data), lambda _road: lambda _offset: (0, iter((data,))))
         if not digest:
-            digest = _digest(data)
+            digest = oci.digest(data)
             self._blobs.remember(name, digest)
         return digest, data, index
 
@@ -119,9 +121,12 @@ class _Pull:
         """The manifest that a registry has at the tag, or the one of that digest, at a second try if need be."""
         for _ in range(2):
             data, said = road.manifest(digest or self._reference.tag)
-            if not digest or _digest(data) == digest:
-                return data, is_index(data, said, self.where)
-        raise InputError(f"{self.where}: {road} answers with a manifest that is {_digest(data)}")
+            if not digest or oci.digest(data) == digest:
+                return data, self._is_index(data, said)
+        raise InputError(f"{self.where}: {road} answers with a manifest that is {oci.digest(data)}")
+
+    def _is_index(self, data: bytes, said: str) -> bool:
+        return is_index(data, said, self.where, artifact=self._artifact)
 
     def _cached(self, stack: contextlib.ExitStack, digest: str) -> bytes | None:
         """A manifest in the cache; without a registry to ask, it has to be there."""
@@ -140,23 +145,23 @@ class _Pull:
                 raise
             return None
 
-    def _document(self, stack: contextlib.ExitStack, descriptor: oci.Descriptor, *, manifest: bool) -> bytes:
+    def document(self, stack: contextlib.ExitStack, descriptor: oci.Descriptor, *, manifest: bool) -> bytes:
         _check_document(descriptor, self.where)
-        return self._open(
+        return self.open(
             stack,
             descriptor,
             lambda road: road.manifest_fetch(descriptor.digest) if manifest else road.blob_fetch(descriptor),
         ).read()
 
-    def _open(
+    def open(
         self, stack: contextlib.ExitStack, descriptor: oci.Descriptor, fetch: Callable[[Repository], Fetch]
     ) -> Blob:
         """A verified blob, held open on the stack."""
         if not self._roads:
             return stack.enter_context(self._blobs.open(descriptor, None, self.where))
-        return self._any_road(lambda road: stack.enter_context(self._blobs.open(descriptor, fetch(road), self.where)))
+        return self.any_road(lambda road: stack.enter_context(self._blobs.open(descriptor, fetch(road), self.where)))
 
-    def _any_road(self, attempt: Callable[[Repository], T]) -> T:
+    def any_road(self, attempt: Callable[[Repository], T]) -> T:
         """What the first road gives that gives anything; the last one's error, with the reasons of those before it."""
         reasons = list(self._blocked.values())
         for road in self._roads:
@@ -198,8 +203,11 @@ class _Meter:
             self._report(sum(self._done), self._total)
 
 
-def is_index(data: bytes, said: str, where: str) -> bool:
-    """Whether that is an index, and not a manifest: by its own word, which must not contradict what others `said`."""
+def is_index(data: bytes, said: str, where: str, *, artifact: str = "") -> bool:
+    """Whether that is an index, and not a manifest: by its own word, which must not contradict what others `said`.
+
+    artifact: the type that it may have, when it is no image.
+    """
     document = oci.parse_json(data, where)
     kind = document.get("mediaType")
     if document.get("schemaVersion") == 1:
@@ -211,9 +219,10 @@ def is_index(data: bytes, said: str, where: str) -> bool:
     index = kind in oci.INDEX_TYPES if kind else "manifests" in document
     if said in (oci.MANIFEST_TYPES if index else oci.INDEX_TYPES):
         raise InputError(f"{where}: called {said}, but it is {'an index' if index else 'a manifest'}")
-    config, artifact = document.get("config"), document.get("artifactType")
-    if artifact and not (isinstance(config, dict) and str(config.get("mediaType")) in oci.CONFIG_TYPES):
-        raise InputError(f"{where}: an artifact of type {quote(str(artifact)[:100])}, not an image")
+    config, kind = document.get("config"), document.get("artifactType")
+    of_image = isinstance(config, dict) and str(config.get("mediaType")) in oci.CONFIG_TYPES
+    if kind and kind != artifact and not of_image:
+        raise InputError(f"{where}: an artifact of type {quote(str(kind)[:100])}, not an image")
     return index
 
 
@@ -223,8 +232,4 @@ def _check_document(descriptor: oci.Descriptor, where: str) -> None:
 
 
 def _describe(data: bytes) -> oci.Descriptor:
-    return oci.Descriptor(media_type="", digest=_digest(data), size=len(data), annotations={})
-
-
-def _digest(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+    return oci.Descriptor.of(data, "")

@@ -5,10 +5,12 @@
 #include "cgroup_path.h"
 
 #include <fcntl.h>
+#include <linux/bpf.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -88,19 +90,49 @@ static void run(const char *script)
     wait_for_it();
 }
 
-/* FILE DENIED: a grpc.Linux, and "8:0,8:1" or "" */
+/* "8:0,8:1" or "" */
+static size_t parse_numbers(const char *numbers, dev_t list[16])
+{
+    size_t count = 0;
+    unsigned major_number, minor_number;
+    int used;
+    for (; sscanf(numbers, "%u:%u%n", &major_number, &minor_number, &used) == 2; numbers += used + (numbers[used] == ','))
+        list[count++] = makedev(major_number, minor_number);
+    return count;
+}
+
+/* FILE DENIED: a grpc.Linux, and numbers */
 static void limit_devices(const char *path, const char *numbers)
 {
     struct oci_linux linux_;
     dev_t denied[16];
-    size_t count = 0;
-    unsigned major_number, minor_number;
-    int used;
+    size_t count = parse_numbers(numbers, denied);
     decode(&message_oci_linux, path, &linux_);
-    for (; sscanf(numbers, "%u:%u%n", &major_number, &minor_number, &used) == 2; numbers += used + (numbers[used] == ','))
-        denied[count++] = makedev(major_number, minor_number);
     say(cgroup_limit_devices(&cgroup, linux_.devices.items, linux_.devices.count, linux_.resources, denied, count,
                              &failure));
+}
+
+static void deny_to_all(const char *numbers)
+{
+    dev_t denied[16];
+    size_t count = parse_numbers(numbers, denied);
+    say(cgroup_deny_to_all(denied, count, &failure));
+}
+
+/* How many programs decide on devices above all containers. */
+static void count_guards(void)
+{
+    union bpf_attr attributes;
+    int home = cgroup_open_home();
+    memset(&attributes, 0, sizeof attributes);
+    attributes.query.target_fd = (uint32_t)home;
+    attributes.query.attach_type = BPF_CGROUP_DEVICE;
+    if (syscall(SYS_bpf, BPF_PROG_QUERY, &attributes, sizeof attributes) != 0) {
+        perror("BPF_PROG_QUERY");
+        exit(2);
+    }
+    close(home);
+    printf("ok %u\n", attributes.query.prog_cnt);
 }
 
 static void put_stats(void)
@@ -146,6 +178,10 @@ static int step(char **words)
         limit_devices(words[1], words[2]);
         return 3;
     }
+    if (strcmp(verb, "deny") == 0) {
+        deny_to_all(words[1]);
+        return 2;
+    }
     if (strcmp(verb, "run") == 0) {
         run(words[1]);
         return 2;
@@ -174,6 +210,12 @@ static int step(char **words)
         say(cgroup_kill(&cgroup));
     } else if (strcmp(verb, "empty") == 0) {
         printf("ok %d\n", cgroup_is_empty(&cgroup));
+    } else if (strcmp(verb, "emptied") == 0) { /* the shell's own children end a moment after it */
+        for (int i = 0; i < 500 && !cgroup_is_empty(&cgroup); i++)
+            usleep(10000);
+        printf("ok %d\n", cgroup_is_empty(&cgroup));
+    } else if (strcmp(verb, "guards") == 0) {
+        count_guards();
     } else if (strcmp(verb, "oom") == 0) {
         printf("ok %lu\n", cgroup_oom_kills(&cgroup));
     } else if (strcmp(verb, "where") == 0) {

@@ -8,6 +8,7 @@
 #include "clock.h"
 #include "log.h"
 #include "loop.h"
+#include "server.h"
 #include "services.h"
 #include "ttrpc.h"
 
@@ -57,6 +58,13 @@ int __wrap_mknodat(int directory, const char *path, mode_t mode, dev_t device)
 static bool alone;
 
 bool __real_shared_make(const char *hostname, struct failure *failure);
+/* The debug console's only question to the server, which is left out: whoever connects is the host. */
+bool server_is_host(const struct sockaddr_storage *peer)
+{
+    (void)peer;
+    return true;
+}
+
 bool __wrap_shared_make(const char *hostname, struct failure *failure);
 bool __wrap_shared_make(const char *hostname, struct failure *failure)
 {

@@ -61,24 +61,25 @@ def coverage(work: Path) -> int:
     return subprocess.run(report, check=False).returncode
 
 
-def build(out: Path, flags: tuple[str, ...]) -> None:
-    """Unit by unit: after a finding only what was mended is compiled again."""
+def build(out: Path, flags: tuple[str, ...], compiler: str = "", more: tuple[Path, ...] = ()) -> None:
+    """Unit by unit: after a finding only what was mended is compiled again. `more` units are linked, too."""
+    compiler = compiler or _tool("clang")
     headers = max(path.stat().st_mtime for path in resource("agent").glob("*.h"))
     units = [path for path in sorted(resource("agent").glob("*.c")) if path.name not in _LEFT_OUT]
     objects = Path(f"{out}.objects")
     objects.mkdir(exist_ok=True)
     made = []
-    for unit in (*units, _HERE / "fuzz_agent.c"):
+    for unit in (*units, _HERE / "fuzz_agent.c", *more):
         made.append(objects / f"{unit.stem}.o")
         if made[-1].exists() and made[-1].stat().st_mtime > max(unit.stat().st_mtime, headers):
             continue
         version = f'-DAGENT_VERSION="{osbuild.__version__}"'
-        compiled = (_tool("clang"), "-std=c11", "-O1", "-g", *flags, version, f"-I{resource('agent')}", "-c", str(unit))
+        compiled = (compiler, "-std=c11", "-O1", "-g", *flags, version, f"-I{resource('agent')}", "-c", str(unit))
         subprocess.run([*compiled, "-o", str(made[-1])], check=True)
     if out.exists() and out.stat().st_mtime > max(path.stat().st_mtime for path in made):
         return
     wrapped = (f"-Wl,--wrap={name}" for name in _WRAPPED)
-    subprocess.run([_tool("clang"), *flags, *wrapped, *map(str, made), "-o", str(out)], check=True)
+    subprocess.run([compiler, *flags, *wrapped, *map(str, made), "-o", str(out)], check=True)
 
 
 def _tool(name: str) -> str:
