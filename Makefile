@@ -9,6 +9,9 @@ OSBUILDER := $(VENV)/bin/osbuilder
 # Tests start hundreds of commands: each would compile all its modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
+# AGAIN=1: only what failed in the run before, one test at a time.
+PYTEST := $(VENV)/bin/pytest $(if $(AGAIN),--last-failed --last-failed-no-failures none,-n 2 --dist loadgroup --durations 20)
+
 .DEFAULT_GOAL := help
 
 # kernel, image, initrd, smoke, publish: of any IMAGE, with what stands in an osbuild.toml if there is one.
@@ -41,15 +44,15 @@ demo: setup
 
 .PHONY: test
 test: setup kernel
-	$(VENV)/bin/pytest -n 2 --dist loadgroup -m 'not slow and not long and not compiles'
+	$(PYTEST) -m 'not slow and not long and not compiles'
 
 .PHONY: test-slow
 test-slow: setup kernel
-	$(VENV)/bin/pytest -n 2 --dist loadgroup -m 'slow and not long and not compiles'
+	$(PYTEST) -m 'slow and not long and not compiles'
 
 .PHONY: test-long
 test-long: setup kernel
-	$(VENV)/bin/pytest -n 2 --dist loadgroup -m 'long and not compiles'
+	$(PYTEST) -m 'long and not compiles'
 
 .PHONY: lint
 lint: setup

@@ -7,6 +7,7 @@
  * says yes if all that is wanted is granted. */
 #define _GNU_SOURCE
 #include "cgroup.h"
+#include "log.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -16,6 +17,8 @@
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
+
+#define SUBSYSTEM "cgroup"
 
 #define GUARD "osbuilder_guard" /* the kernel keeps 15 characters */
 
@@ -397,7 +400,10 @@ bool cgroup_deny_to_all(const dev_t *denied, size_t count, struct failure *failu
     if (guard < 0)
         return refuse(failure);
     int home = cgroup_open_home();
-    bool posted = (home >= 0 && (is_a_hosts(home) || post_guard(home, guard))) ||
+    bool spared = home >= 0 && is_a_hosts(home);
+    if (spared)
+        LOG(LOG_WARN, SUBSYSTEM, "not PID 1, in a host's first cgroup: the root disk is guarded in each container only");
+    bool posted = spared || (home >= 0 && post_guard(home, guard)) ||
                   failure_errno(failure, "cannot deny a device to all containers");
     if (home >= 0)
         close(home);

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from osbuild import provenance
+from osbuild.content import quote
 from osbuild.errors import InputError
 from osbuild.manifest import LOCK, MANIFEST, PROVENANCE, SBOM
 
@@ -33,7 +34,14 @@ def check_lock(lock: Json, document: Json, where: str) -> None:
 
 
 def check_provenance(statement: Json, lock: Json, outputs: Mapping[str, str], sbom: str, where: str) -> None:
-    """InputError when the statement is about other outputs (name: sha256), another bill, or another lock."""
+    """InputError when the statement is about other outputs (name: sha256), another bill, or another lock, or is of a
+    kind that this osbuilder cannot compare."""
+    kind = _at(statement, ("predicate", "buildDefinition", "buildType"))
+    if kind != provenance.BUILD_TYPE:
+        raise InputError(
+            f"{where}: its {PROVENANCE} is a {quote(str(kind))}, and this osbuilder compares {provenance.BUILD_TYPE}",
+            hint="take the osbuilder that made it, or build it again",
+        )
     made = _digests(statement.get("subject"))
     beside = _digests(_at(statement, ("predicate", "runDetails", "byproducts")))
     if made != dict(outputs) or beside.get(SBOM) != sbom:
