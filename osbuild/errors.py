@@ -67,4 +67,5 @@ class Interrupted(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.number = number
         self.code = 128 + number

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from osbuild import options, program
+from osbuild import options, signals
 from osbuild.cache import Cache, default_cache
 from osbuild.console import PLAIN, Show
 from osbuild.errors import HostError, InputError, Interrupted, OsbuilderError
@@ -254,15 +254,14 @@ def _digest(out: Path) -> str:
 
 def main() -> int:
     """The process: exit code 0 when there is a result."""
-    program.heed_signals()
+    signals.heed()
     home = Path(sys.argv[1])
     job = Job.parse(sys.stdin.buffer.read())
     try:
         result = do(job, home, default_cache(), Show(progress=PLAIN))
     except Interrupted as interruption:
         return interruption.code
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it is done; half a result would be none
+    signals.heed_no_more(signal.SIG_IGN)  # it is done; half a result would be none
     write_whole(home / RESULT, json.dumps(asdict(result)).encode())
     return 0
 

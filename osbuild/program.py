@@ -9,21 +9,18 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any, Final, NoReturn
 
 import typer
 
-from osbuild import cache, console
+from osbuild import cache, console, signals
 from osbuild.errors import CommandError, HostError, Interrupted, OsbuilderError, SpecError
 from osbuild.tree import quote
-
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(app: typer.Typer) -> NoReturn:
     """The program: every error raised on purpose becomes one line and its exit code; everything started is ended."""
-    heed_signals()
+    signals.heed()
     if sys.stdout is None or sys.stderr is None:  # closed by the caller
         null = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the rest of the program
         sys.stdout, sys.stderr = sys.stdout or null, sys.stderr or null
@@ -31,8 +28,7 @@ def run(app: typer.Typer) -> NoReturn:
         code = _run(app)
     except Interrupted as interruption:  # while the end was told
         code = interruption.code
-    for number in _SIGNALS:  # nobody is left to catch what is raised for them
-        signal.signal(number, signal.SIG_DFL)
+    signals.heed_no_more()
     gc.freeze()  # what is left goes with the process: nobody need look through it first
     sys.exit(code)
 
@@ -62,12 +58,6 @@ def _run(app: typer.Typer) -> int:
     except OSError:  # has been said, or needs no word; Python would try once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
-
-
-def heed_signals() -> None:
-    """From now on a signal to end raises Interrupted; a second one ends us at once."""
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
 
 
 # Typer names only one of its usage errors in public; this is what all of them are.
@@ -188,9 +178,3 @@ def _tell(error: OsbuilderError) -> int:
 def _events_wished(words: Sequence[str]) -> bool:
     """Whether standard error is for a program: --progress json, in both spellings."""
     return "--progress=json" in words or ("--progress", "json") in itertools.pairwise(words)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    del frame
-    signal.signal(number, signal.SIG_DFL)  # a second time: at once
-    raise Interrupted(number)

@@ -676,7 +676,7 @@ def kernel_hangs_and_has_not_noticed_yet(lab: Lab) -> SmokeReport:
 # --- KVM ------------------------------------------------------------------------------------------------------------
 
 
-@injection("kvm-disguise")
+@injection("kvm-disguise", waits=15)
 def kvm_that_is_an_emulator(lab: Lab) -> SmokeReport:
     """On a host whose /dev/kvm is one, and was taken for a real one."""
     found = accelerators.probe(X86_64, Path(command.find(X86_64.qemu)))
