@@ -397,7 +397,8 @@ def test_by_hand_on_a_host_nothing_is_denied_to_all_of_it(program: Path, unified
     if (unified.parent / "cgroup.type").exists():
         pytest.skip("this is a container, which has no first cgroup")
     words = (program, "guards", "deny", "7:1048575", "guards")
-    before, denied, after = answers("sh", "-c", _IN_THE_FIRST, unified.parent, *words)
+    before, said, denied, after = answers("sh", "-c", _IN_THE_FIRST, unified.parent, *words)
+    assert "the root disk is guarded in each container only" in said
     assert (denied, after) == ("ok", before)
     assert steps(program, unified, *words[1:]) == ["ok 0", "ok", "ok 1"], "elsewhere it is"
 
