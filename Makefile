@@ -1,4 +1,4 @@
-# The two commands: make demo (the main job on a real image), make test (the whole suite).
+# The two commands: make demo (the main job on a real image), make test.
 SHELL := /bin/bash
 VENV := .venv
 PYTHON ?= python3
@@ -22,7 +22,7 @@ kernel $(OUT)/manifest.json: | setup
 help:
 	@echo 'make demo    build a real Docker image into guests and boot them (OUT=$(OUT))'
 	@echo 'make test    the test suite, boots included'
-	@echo 'make test-slow  what takes minutes each'
+	@echo 'make test-slow  what takes ten seconds or more each'
 	@echo 'make test-long  more of that: what does not fit into the hour that CI has'
 	@echo 'make lint    style and types'
 	@echo 'make bench   measure osbuilder beside what it replaces'
