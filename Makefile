@@ -11,6 +11,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # AGAIN=1: only what failed in the run before, one test at a time.
 PYTEST := $(VENV)/bin/pytest $(if $(AGAIN),--last-failed --last-failed-no-failures none,-n 2 --dist loadgroup --durations 20)
+# A run that broke (exit code 2 and more) has not tried all: nothing of it is to be tried again.
+ONLY_FAILED := || { code=$$?; [ $$code = 1 ] || rm -f .pytest_cache/v/cache/lastfailed; exit $$code; }
 
 .DEFAULT_GOAL := help
 
@@ -44,15 +46,15 @@ demo: setup
 
 .PHONY: test
 test: setup kernel
-	$(PYTEST) -m 'not slow and not long and not compiles'
+	$(PYTEST) -m 'not slow and not long and not compiles' $(ONLY_FAILED)
 
 .PHONY: test-slow
 test-slow: setup kernel
-	$(PYTEST) -m 'slow and not long and not compiles'
+	$(PYTEST) -m 'slow and not long and not compiles' $(ONLY_FAILED)
 
 .PHONY: test-long
 test-long: setup kernel
-	$(PYTEST) -m 'long and not compiles'
+	$(PYTEST) -m 'long and not compiles' $(ONLY_FAILED)
 
 .PHONY: lint
 lint: setup

@@ -24,11 +24,18 @@ _GLUE: Final = frozenset(
     ("importlib._bootstrap", "importlib._bootstrap_external", "_frozen_importlib", "_frozen_importlib_external",
      "logging", "contextlib", "weakref", __name__)  # what the hook below raises is lost for good
 )  # fmt: skip
-_STARTS: Final = ("subprocess", "_execute_child")  # a child whose number is not known yet would not be ended
+# Functions whose own lines wait for nobody: a child whose number is not known yet would not be ended; a lock would stay
+# taken.
+_BRIEF: Final = frozenset((
+    ("subprocess", "_execute_child"), ("subprocess", "_close_pipe_fds"), ("osbuild.command", "start"),
+    ("threading", "__enter__"), ("threading", "__exit__"), ("threading", "_acquire_restore"),
+    ("threading", "_release_save"),
+))  # fmt: skip
+_CALLBACK: Final = ("asyncio.events", "_run")  # logs what is raised in what it calls, and goes on
 
 
 def heed() -> None:
-    """From now on a signal to end raises Interrupted; a second one ends us at once. In the main thread only."""
+    """From now on a signal to end raises Interrupted; the same once more ends us at once. In the main thread only."""
     sys.unraisablehook = _not_lost
     for number in SIGNALS:
         signal.signal(number, _interrupt)
@@ -36,13 +43,13 @@ def heed() -> None:
 
 def heed_no_more(action: signal.Handlers = signal.SIG_DFL) -> None:
     """Nobody is left to catch what is raised for them: they end us as they end any program, or (SIG_IGN) do nothing."""
-    _cancel()
     for number in SIGNALS:
         signal.signal(number, action)
+    _cancel()  # last: until here, one could have come
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second time: at once
+    signal.signal(number, signal.SIG_DFL)  # the next time: at once
     _raise(number, frame)
 
 
@@ -75,8 +82,17 @@ def _later(number: int, _alarm: int, frame: FrameType | None) -> None:
 def _must_wait(frame: FrameType | None) -> bool:
     if frame is None:
         return False
-    module = frame.f_globals.get("__name__")
-    return module in _GLUE or (module, frame.f_code.co_name) == _STARTS
+    module, name = _where(frame)
+    if module in _GLUE or (module, name) in _BRIEF:
+        return True
+    caller: FrameType | None = frame
+    while caller is not None and _where(caller) != _CALLBACK:
+        caller = caller.f_back
+    return caller is not None
+
+
+def _where(frame: FrameType) -> tuple[str, str]:
+    return str(frame.f_globals.get("__name__")), frame.f_code.co_name
 
 
 def _not_lost(unraisable: Any) -> None:  # Any: sys.UnraisableHookArgs is a name of type checkers only

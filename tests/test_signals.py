@@ -25,6 +25,7 @@ except Interrupted as interruption:
     sys.exit(interruption.code)
 """
 _ODD = "class Odd:\n    def __del__(self):\n        end()"
+_LOOP = "import asyncio\nloop = asyncio.new_event_loop()"
 _FORK = "\nimport subprocess\nsubprocess.run(['true'], preexec_fn=lambda: None)"
 
 
@@ -44,8 +45,18 @@ def run(body: str) -> subprocess.CompletedProcess[str]:
         f"os.register_at_fork(after_in_parent=end){_FORK}",
         f"os.register_at_fork(before=end){_FORK}",
         f"{_ODD}\nclass Two:\n    def __del__(self):\n        Odd()\n        time.sleep(0.05)\nTwo()",
+        f"{_LOOP}\nloop.call_soon(end)\nloop.run_forever()",
     ],
-    ids=["at-once", "in-a-wait", "in-a-finalizer", "in-a-weak-reference", "after-a-fork", "before-a-fork", "twice"],
+    ids=[
+        "at-once",
+        "in-a-wait",
+        "in-a-finalizer",
+        "in-a-weak-reference",
+        "after-a-fork",
+        "before-a-fork",
+        "twice",
+        "in-asyncio",
+    ],
 )
 def test_a_signal_is_never_lost(body: str) -> None:
     done = run(body)
