@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 import typer
 
@@ -55,10 +55,7 @@ def publish(
         [Path(build) for build in builds], name, registry_spec(words), console.Show(quiet=quiet, progress=progress),
         mount_from=mount_from, add=add, sign=sign,
     )  # fmt: skip
-    if as_json:
-        console.print_json(done.to_dict())
-    else:
-        console.print_lines(done.lines())
+    _tell(done, as_json)
 
 
 @takes("registry")
@@ -91,10 +88,7 @@ def pull(
         name, out, registry_spec(words), default_cache(), console.Show(quiet=quiet, progress=progress),
         platform=oci.parse_platform(platform) if platform else None, key=key,
     )  # fmt: skip
-    if as_json:
-        console.print_json(done.to_dict())
-    else:
-        console.print_lines(done.lines())
+    _tell(done, as_json)
 
 
 @takes("registry")
@@ -120,6 +114,18 @@ def verify(
 
     show = console.Show(quiet=quiet, progress=progress)
     done = verification.verify(name, key, registry_spec(words), default_cache(), show)
+    _tell(done, as_json)
+
+
+class _Done(Protocol):
+    """What came of a command, for programs and for people."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def lines(self) -> list[str]: ...
+
+
+def _tell(done: _Done, as_json: bool) -> None:
     if as_json:
         console.print_json(done.to_dict())
     else:
